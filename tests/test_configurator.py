@@ -1,0 +1,624 @@
+"""Settings: each test states what a command line or a file must come to, value or error line."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import Config, ConfigError, UserError, configure, from_dict, run, to_dict
+
+ROOT = Path(configurator.__file__).parent
+
+
+@dataclass(frozen=True)
+class Sampling:  # a small settings class, like those of sample.py and bench.py
+    """Not a setting: only a docstring."""
+
+    # -- what ----
+    ckpt: str  # the checkpoint
+    # of any size
+    image: tuple[str, ...] = ()  # images and folders
+    # -- how ----
+    beams: int = 5  # beams kept
+    top_p: float | None = None
+    verbose: bool = False
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def line_of(capsys, *argv, cls=Config, **options):
+    """The one line on stderr that `argv` ends in, with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        configure(cls, list(argv), **options)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.endswith("\n") and len(err.splitlines()) == 1
+    return err[:-1]
+
+
+def written(name, text):
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read
+
+
+def test_precedence_is_defaults_then_files_left_to_right_then_flags():
+    a = written("a.py", "n_layer = 1\nn_head = 1\nn_embd = 64\nseed = 1")
+    b = written("b.yaml", "n_layer: 2\nn_head: 2\n")
+    cfg = configure(Config, ["--n_layer=3", a, b])
+    assert cfg == Config(n_layer=3, n_head=2, n_embd=64, seed=1)
+    assert configure(Config, [b, a, "--seed", "5", "--seed=6"]).n_head == 1
+    assert configure(Config, [b, a, "--seed", "5", "--seed=6"]).seed == 6
+    assert configure(Config, []) == Config()
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--learning_rate=1e-3"], {"learning_rate": 1e-3}),
+        (["--learning_rate", "1e-3"], {"learning_rate": 1e-3}),
+        (["--dropout=0"], {"dropout": 0.0}),
+        (["--max_iters=1_000"], {"max_iters": 1000}),
+        (["--compile"], {"compile": True}),
+        (["--compile=false"], {"compile": False}),
+        (["--compile", "false"], {"compile": False}),
+        (["--compile=none"], {"compile": None}),
+        (["--compile=auto", "--yes"], {"compile": None, "yes": True}),
+        (["--yes=False"], {"yes": False}),
+        (["--resume", "--n_layer=2"], {"resume": True, "n_layer": 2}),
+        (["--resume", "n.py"], {"resume": True, "n_layer": 9}),  # a bare bool takes no file
+        (["--captions="], {"captions": ""}),
+        (["--captions", "a=b"], {"captions": "a=b"}),
+        (["--captions=a=b"], {"captions": "a=b"}),
+        (["--captions", "Fotos é/日本.json"], {"captions": "Fotos é/日本.json"}),
+        (["--images", "-folder"], {"images": "-folder"}),
+        (["--dataset=none"], {"dataset": "none"}),
+    ],
+)
+def test_flags(argv, expected):
+    written("n.py", "n_layer = 9")
+    cfg = configure(Config, argv)
+    assert cfg == Config(**expected)
+    for name, value in expected.items():
+        assert type(getattr(cfg, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "source, value",
+    [
+        ("5 * 8", 40),
+        ("2 ** 10 // 3 % 100", 41),
+        ("-(-7)", 7),
+        ("(1 + 2) * 3 - 4", 5),
+        ("0x10", 16),
+        ("batch_size * 2", 64),
+    ],
+)
+def test_py_arithmetic(source, value):
+    path = written("c.py", f'"""Launch: train.py c.py"""\nbatch_size = 32\nmax_iters = {source}\n')
+    assert configure(Config, [path]).max_iters == value
+
+
+def test_py_float_arithmetic_and_names_above():
+    path = written("c.py", "learning_rate = 1e-2 / 4\nmin_lr = learning_rate / 10\ndropout = 0\n")
+    cfg = configure(Config, [path])
+    assert (cfg.learning_rate, cfg.min_lr) == (1e-2 / 4, 1e-2 / 4 / 10)
+    assert cfg.dropout == 0.0 and type(cfg.dropout) is float
+
+
+YAML = """\
+# grouped under one level of headings, or not
+dataset: no
+data:
+  source: karpathy
+  captions: "a #b: {split}.json"
+  lowercase: true
+  yes: off
+model: {n_layer: 3, dropout: 0}
+training:
+    learning_rate: 1e-3
+    min_lr: 1.0e-4
+    max_iters: 1_000
+compile: ~
+device: cpu
+"""
+PY = """\
+dataset = "no"
+source = "karpathy"
+captions = "a #b: {split}.json"
+lowercase = True
+yes = False
+n_layer = 3
+dropout = 0
+learning_rate = 1e-3
+min_lr = 1.0e-4
+max_iters = 1_000
+compile = None
+device = "cpu"
+"""
+
+
+def test_yaml_twin_equals_py():
+    cfg = configure(Config, [written("a.yaml", YAML)])
+    assert cfg == configure(Config, [written("a.py", PY)])
+    assert cfg == configure(Config, [written("b.yml", b"\xef\xbb\xbf" + YAML.encode())])
+    assert cfg == configure(Config, [written("c.yml", YAML.replace("\n", "\r\n"))])
+    assert cfg.dataset == "no" and cfg.learning_rate == 1e-3 and type(cfg.dropout) is float
+
+
+def test_configs_of_the_repository_read_alike():
+    for path in sorted(ROOT.glob("config/*.py")):
+        cfg = configure(Config, [str(path)])
+        for twin in [path.with_suffix(".yaml"), path.with_suffix(".yml")]:
+            if twin.exists():
+                assert configure(Config, [str(twin)]) == cfg
+
+
+def test_empty_files_set_nothing():
+    files = [written("a.py", ""), written("b.yaml", ""), written("c.yml", "# nothing\n")]
+    assert configure(Config, [*files, written("d.py", '"""only a docstring"""')]) == Config()
+
+
+def test_tuples_and_required_settings(capsys):
+    def sampling(*argv):
+        return configure(Sampling, ["--ckpt=c.pt", *argv], files=False)
+
+    assert sampling("--image", "a.jpg", "b.png", "folder/", "--beams", "2") == Sampling(
+        "c.pt", ("a.jpg", "b.png", "folder/"), 2
+    )
+    assert sampling("--image=a b", "--verbose", "--image=c").image == ("a b", "c")
+    assert sampling("--top_p=0.9").top_p == 0.9 and sampling("--top_p=none").top_p is None
+    path = written("a.yaml", "ckpt: c.pt\nimage: [a.jpg, 1]\nbeams: 3")
+    assert configure(Sampling, [path]) == Sampling("c.pt", ("a.jpg", "1"), 3)
+    path = written("a.py", "ckpt = 'c.pt'\nimage = ['a.jpg', 'b.jpg']")
+    assert configure(Sampling, [path]).image == ("a.jpg", "b.jpg")
+
+    error = line_of(capsys, "--ckpt=c", path, cls=Sampling, files=False)
+    assert error == "`a.py` is not a --flag, and config files are not taken here"
+    assert line_of(capsys, cls=Sampling) == "--ckpt: has no default, so give it"
+    error = line_of(capsys, "--ckpt=c", "--image", "--verbose", cls=Sampling)
+    assert error == "--image: expected a string, got nothing"
+
+
+def test_directories():
+    assert Config(dataset="coco").data_dir == Path("data/coco")
+    assert Config(dataset="coco").run_dir == Path("out/coco")
+    assert Config(dataset="coco", out_dir="runs/a").run_dir == Path("runs/a")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused, to the letter
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ("--n_layer=six", "--n_layer: expected an int, got `six`"),
+        ("--n_layer six", "--n_layer: expected an int, got `six`"),
+        ("--n_layer=2.5", "--n_layer: expected an int, got `2.5`"),
+        ("--n_layer=true", "--n_layer: expected an int, got `true`"),
+        ("--n_layer", "--n_layer: expected an int, got nothing"),
+        ("--n_layer --bias", "--n_layer: expected an int, got nothing"),
+        ("--n_layer=", "--n_layer: expected an int, got ``"),
+        ("--n_layer=0", "--n_layer: expected 1 <= n_layer <= 1000000, got `0`"),
+        ("--seed=" + "9" * 50, "--seed: expected a number below 2**63"),
+        ("--dropout=abc", "--dropout: expected a float, got `abc`"),
+        ("--dropout=nan", "--dropout: expected a float, got `nan`"),
+        ("--min_lr=-inf", "--min_lr: expected a float, got `-inf`"),
+        ("--dropout=1", "--dropout: expected 0 <= dropout < 1, got `1.0`"),
+        ("--max_bad=1.1", "--max_bad: expected 0 <= max_bad <= 1, got `1.1`"),
+        ("--compile=maybe", "--compile: expected true or false, got `maybe`"),
+        ("--bias=none", "--bias: expected true or false, got `none`"),
+        ("--features=both", "--features: expected one of pooled grid, got `both`"),
+        ("--dataset=../x", "--dataset: expected a plain name, as in data/<name>, got `../x`"),
+        ("--device=gpu", "--device: expected auto, cpu, mps, cuda or cuda:<number>, got `gpu`"),
+        ("--n_embd=510", "--n_embd: expected a multiple of n_head=8, got `510`"),
+        ("--min_lr=1", "--min_lr: expected at most learning_rate=0.001, got `1.0`"),
+        ("--learning_rate=1e-5", "min_lr: expected at most learning_rate=1e-05, got `0.0001`"),
+        (
+            "--gradient_accumulation_steps=3",
+            "batch_size: expected a multiple of gradient_accumulation_steps=3, got `64`",
+        ),
+        ("--n_prefix=128", "--n_prefix: expected less than block_size=128, got `128`"),
+        (
+            "--features=grid --grid=12",
+            "--grid: expected grid * grid less than block_size=128, got `12`",
+        ),
+        ("--n_emdb=3", "no setting `--n_emdb`, did you mean `--n_embd`?"),
+        ("--out-dir=x", "no setting `--out-dir`, did you mean `--out_dir`?"),
+        ("--qqq", "no setting `--qqq`"),
+        ("--", "no setting `--`"),
+        ("-x", "`-x` is neither a config file (.py .yaml .yml) nor a --flag"),
+        ("ckpt.pt", "`ckpt.pt` is neither a config file (.py .yaml .yml) nor a --flag"),
+        ("none.py", "none.py: no such file"),
+        ("folder.py", "folder.py: no such file"),
+        ("--yes false none.py", "none.py: no such file"),
+    ],
+)
+def test_command_lines_refused(capsys, argv, line):
+    Path("folder.py").mkdir()
+    assert line_of(capsys, *argv.split(" ")) == line
+
+
+def test_odd_arguments_refused(capsys):
+    line = "--images: expected a string without NUL and surrogates, got "
+    assert line_of(capsys, "--images=a\0b") == line + r"`a\x00b`"
+    assert line_of(capsys, "--images=a\udcff") == line + r"`a\udcff`"
+    assert line_of(capsys, "--n_layer=a\nb\x1b[31m") == (
+        r"--n_layer: expected an int, got `a\nb\x1b[31m`"
+    )
+    assert line_of(capsys, "a\0.py") == r"a\x00.py: no such file"
+    assert line_of(capsys, "\ud800.py") == r"\ud800.py: no such file"
+    assert line_of(capsys, "") == "`` is neither a config file (.py .yaml .yml) nor a --flag"
+    long = "--n_layer: expected an int, got `" + "x" * 59 + "…`"
+    assert line_of(capsys, "--n_layer=" + "x" * 100000) == long
+    assert line_of(capsys, "x" * 5000 + ".py").endswith(".py: no such file")
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("\nn_emdb = 512", "c.py:2: no setting `n_emdb`, did you mean `n_embd`?"),
+        ("n_layer = 'six'", "c.py:1: n_layer: expected an int, got `six`"),
+        ("n_layer = 2.0", "c.py:1: n_layer: expected an int, got `2.0`"),
+        ("n_layer = True", "c.py:1: n_layer: expected an int, got `True`"),
+        ("n_layer = None", "c.py:1: n_layer: expected an int, got nothing"),
+        ("n_layer = b'6'", "c.py:1: n_layer: expected an int, got `b'6'`"),
+        ("n_layer = [6]", "c.py:1: n_layer: expected an int, got `[6]`"),
+        ("bias = 1", "c.py:1: bias: expected true or false, got `1`"),
+        ("images = 5", "c.py:1: images: expected a string, got `5`"),
+        ("dropout = True", "c.py:1: dropout: expected a float, got `True`"),
+        ("dropout = 1e999", "c.py:1: dropout: expected a float, got `inf`"),
+        ("dropout = (-1) ** 0.5", "c.py:1: dropout: expected a float, got `("),
+        ("\n\nn_layer = 0", "c.py:3: n_layer: expected 1 <= n_layer <= 1000000, got `0`"),
+        ("n_layer = 1\nn_layer = 2", "c.py:2: `n_layer` was set on line 1"),
+        ("n_layer = n_head", "c.py:1: `n_head` is not assigned above"),
+        ("n_layer = 1\nn_head =\n", "c.py:2: invalid syntax"),
+        ("n_layer: int = 1", "c.py:1: expected `name = value`"),
+        ("n_layer = n_head = 1", "c.py:1: expected `name = value`"),
+        ("n_layer, n_head = 1, 2", "c.py:1: expected `name = value`"),
+        ("import os", "c.py:1: expected `name = value`"),
+        ("print('hi')", "c.py:1: expected `name = value`"),
+        (
+            "n_layer = (1 +\n len('a'))",
+            "c.py:2: expected a literal, arithmetic, or a name assigned above",
+        ),
+        (
+            "images = f'{1}'",
+            "c.py:1: expected a literal, arithmetic, or a name assigned above",
+        ),
+        ("n_layer = 1 / 0", "c.py:1: division by zero"),
+        ("n_layer = 9**9**9", "c.py:1: exponents go up to 64"),
+        ("n_layer = (9**64)**64", "c.py:1: arithmetic takes numbers below 2**63"),
+        ("n_layer = 2**63", "c.py:1: n_layer: expected a number below 2**63"),
+        ("images = 'a' * 10**12", "c.py:1: arithmetic takes numbers below 2**63"),
+        ("images = [0] * 9", "c.py:1: arithmetic takes numbers below 2**63"),
+        ("n_layer = True + 1", "c.py:1: arithmetic takes numbers below 2**63"),
+        ("n_layer = 1 << 3", "c.py:1: expected a literal, arithmetic, or a name assigned above"),
+        ("images = 'a\\d'", "c.py:1: invalid escape sequence '\\d'"),
+        ("n_layer = " + "9" * 5000, "c.py:1: "),
+        ("n_layer = " + "-" * 5000 + "1", "c.py: nested too deeply"),
+        ("n_layer = " + "(" * 5000, "c.py:1: too many nested parentheses"),
+        ("n_layer = " + "1+" * 20000 + "1", "c.py: nested too deeply"),
+        ("# " * 50001, "c.py: expected a config of at most 100000 characters"),
+        (b"\xff\xfe\x00\x01", "c.py: 'utf-8' codec can't decode byte 0xff"),
+        (b"n_layer = 1\0", "c.py"),
+    ],
+)
+def test_py_files_refused(capsys, text, line):
+    assert line_of(capsys, written("c.py", text)).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("model:\n  n_emdb: 512", "c.yaml:2: no setting `n_emdb`, did you mean `n_embd`?"),
+        ("n_layer: six", "c.yaml:1: n_layer: expected an int, got `six`"),
+        ("n_layer: true", "c.yaml:1: n_layer: expected an int, got `true`"),
+        ("n_layer: 2.5", "c.yaml:1: n_layer: expected an int, got `2.5`"),
+        ("n_layer:", "c.yaml:1: n_layer: expected an int, got nothing"),
+        ("n_layer: [1, 2]", "c.yaml:1: n_layer: expected an int, got `['1', '2']`"),
+        ("dropout: .nan", "c.yaml:1: dropout: expected a float, got `.nan`"),
+        ("seed: 1\nn_layer: 0", "c.yaml:2: n_layer: expected 1 <= n_layer <= 1000000, got `0`"),
+        ("n_layer: 1\nmodel:\n  n_layer: 2", "c.yaml:3: `n_layer` was set on line 1"),
+        ("seed: 1\nseed: 1", "c.yaml:2: `seed` was set on line 1"),
+        ("a:\n  b:\n    n_layer: 1", "c.yaml:3: expected `name: value`"),
+        ("- n_layer", "c.yaml:1: expected `name: value`"),
+        ("just text", "c.yaml:1: expected `name: value`"),
+        ("? [n_layer]\n: 1", "c.yaml:1: expected `name: value`"),
+        ("seed: 1\nimages: !!python/name:os.system", "c.yaml:2: expected `name: value`"),
+        ("!!python/object:os.x {a: b}", "c.yaml:1: expected `name: value`"),
+        ("images: !x a", "c.yaml:1: expected `name: value`"),
+        ("base: &b {seed: 1}\n<<: *b", "c.yaml:2: expected `name: value`"),
+        ("seed: 1\n  n_layer: 2", "c.yaml:2: mapping values are not allowed here"),
+        ("seed: 1\n---\nseed: 2", "c.yaml:2: but found another document"),
+        ("seed: *x", "c.yaml:1: found undefined alias 'x'"),
+        ("images: [" + "[" * 5000, "c.yaml: nested too deeply"),
+        ("images: &a [*a]", "c.yaml:1: expected `name: value`"),
+        ("seed: 1\nimages: \x07", "c.yaml:2: special characters are not allowed"),
+        ('images: "\\UFFFFFFFF"', "c.yaml: "),
+        ("%YAML " + "9" * 5000 + ".1\n---\nseed: 1", "c.yaml: "),
+        (b"seed: \xff", "c.yaml: 'utf-8' codec can't decode byte 0xff"),
+        (b"seed: 1\0", "c.yaml:1: special characters are not allowed"),
+    ],
+)
+def test_yaml_files_refused(capsys, text, line):
+    assert line_of(capsys, written("c.yaml", text)).startswith(line)
+
+
+@pytest.mark.parametrize("suffix", ["py", "yaml"])
+def test_a_config_is_never_executed(capsys, suffix):
+    evil = {
+        "py": [
+            "open('hacked', 'w')",
+            "import os; os.system('touch hacked')",
+            "images = open('hacked', 'w').name",
+            "images = [x for x in [open('hacked', 'w')]]",
+            "images = (lambda: open('hacked', 'w'))()",
+            "images = f'{open(__name__)}'",
+            "class A:\n  open('hacked', 'w')",
+            "n_layer: open('hacked', 'w') = 1",
+        ],
+        "yaml": [
+            "images: !!python/object/apply:os.system ['touch hacked']",
+            "!!python/object/apply:os.system ['touch hacked']",
+            "images: !!python/object/new:open [hacked, w]",
+            "!!python/object/apply:open [hacked, w]: 1",
+        ],
+    }
+    for text in evil[suffix]:
+        line_of(capsys, written(f"evil.{suffix}", text))
+        assert not Path("hacked").exists()
+
+
+def test_a_device_or_pipe_is_no_config_file(capsys):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo("pipe.py")
+    assert line_of(capsys, "pipe.py") == "pipe.py: no such file"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+def test_an_unreadable_file(capsys):
+    Path(written("secret.py", "seed = 1")).chmod(0)
+    assert line_of(capsys, "secret.py") == "secret.py: Permission denied"
+
+
+def test_ranges_hold_without_a_command_line():
+    for name, bad in dict(n_layer=0, dropout=-0.1, ema=1.0, mapper="x", seed=-1, grid=-1).items():
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got `{bad}`$"):
+            replace(Config(), **{name: bad})
+
+
+# ---------------------------------------------------------------------------------------------
+# Help, checkpoints, run
+
+
+def test_help_prints_every_setting_with_its_comment(capsys):
+    for flag in (["--help"], ["-h", "--n_layer=six"], ["none.py", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            configure(Config, flag, usage="Train it.\n")
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0 and err == "" and out.startswith("Train it.\n")
+        lines = out.splitlines()
+        for field in fields(Config):
+            [line] = [line for line in lines if line.startswith(f"{field.name}: ")]
+            assert "  # " in line and len(line) <= 110
+        sections = [line.split()[2].strip(",") for line in lines if line.startswith("# -- ")]
+        assert sections == "data shapes model training evaluation run".split()
+
+
+def test_help_of_another_class(capsys):
+    with pytest.raises(SystemExit):
+        configure(Sampling, ["--help"])
+    out = capsys.readouterr().out
+    assert "docstring" not in out and "\nckpt: str  " in out and "  # the checkpoint\n" in out
+    assert "# of any size\nimage: tuple[str, ...] = ()  " in out
+    assert out.endswith("\ntop_p: float | None = None\nverbose: bool = False\n")
+
+
+def test_settings_survive_a_checkpoint():
+    cfg = Config(compile=False, captions="é", learning_rate=0.1, n_layer=3)
+    assert from_dict(Config, to_dict(cfg), "ckpt.pt") == cfg
+    assert from_dict(Config, json.loads(json.dumps(to_dict(cfg))), "ckpt.pt") == cfg
+    both = Sampling("c.pt", ("a", "b"), top_p=0.5)
+    assert from_dict(Sampling, json.loads(json.dumps(to_dict(both))), "x") == both
+    assert from_dict(Config, {"n_layer": 2}, "ckpt.pt") == Config(n_layer=2)
+
+
+@pytest.mark.parametrize(
+    "d, line",
+    [
+        (None, "ckpt.pt: expected a dict of settings"),
+        ({"n_emdb": 1}, "ckpt.pt: no setting `n_emdb`, did you mean `n_embd`?"),
+        ({3: 1}, "ckpt.pt: no setting `3`"),
+        ({"n_layer": [1]}, "ckpt.pt: n_layer: expected an int, got `[1]`"),
+        ({"n_layer": 10**5000}, "ckpt.pt: n_layer: expected a number below 2**63"),
+        ({"n_layer": 0}, "ckpt.pt: n_layer: expected 1 <= n_layer <= 1000000, got `0`"),
+        ({"dropout": float("nan")}, "ckpt.pt: dropout: expected a float, got `nan`"),
+    ],
+)
+def test_checkpoint_settings_refused(d, line):
+    with pytest.raises(ConfigError) as error:
+        from_dict(Config, d, "ckpt.pt")
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("data/x:\nrun prepare.py"), 1, r"data/x:\nrun prepare.py"),
+        (ConfigError("n_layer: no"), 1, "n_layer: no"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "out: Permission denied"),
+        (SystemExit(7), 7, None),
+    ],
+)
+def test_run_turns_a_users_trouble_into_a_line(capsys, error, status, line):
+    def main(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, error)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == (f"{line}\n" if line else "")
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), OSError("x"), RuntimeError("x")])
+def test_run_lets_a_bug_through(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run(main)
+
+
+def test_a_script_ends_in_one_line_and_no_traceback():
+    """The whole way, in a process of its own: stderr, status, and a script's own settings class."""
+    script = (
+        "import sys\nfrom dataclasses import dataclass\nfrom configurator import *\n\n"
+        "@dataclass(frozen=True)\nclass Bench:\n    reps: int = 3  # repetitions\n\n"
+        "    def __post_init__(self):\n        within(self, 'reps', 1, 9)\n\n"
+        "def main(cfg):\n    print(cfg.reps)\n\n"
+        "run(main, configure(Bench, sys.argv[1:], 'Bench.', files=False))\n"
+    )
+    written("bench_it.py", script)
+
+    def outcome(*argv):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+        command = [sys.executable, "bench_it.py", *argv]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert outcome("--reps=5") == (0, "5\n", "")
+    assert outcome("--reps=10") == (2, "", "--reps: expected 1 <= reps <= 9, got `10`\n")
+    assert outcome("--repz") == (2, "", "no setting `--repz`, did you mean `--reps`?\n")
+    code, out, err = outcome("--help")
+    assert (code, err) == (0, "") and "reps: int = 3" in out and "  # repetitions" in out
+
+
+# ---------------------------------------------------------------------------------------------
+# Fuzz: whatever comes in, settings or one line come out
+
+NAMES = [field.name for field in fields(Config)]
+WORDS = ["", "0", "1", "-1", "2.5", "1e-3", "true", "False", "none", "nan", "cpu", "grid", "9" * 99]
+values = st.sampled_from(WORDS) | st.text(max_size=12) | st.integers().map(str)
+names = st.sampled_from(NAMES) | st.text(max_size=8)
+arguments = st.one_of(
+    st.tuples(names, values).map("--{0[0]}={0[1]}".format),
+    names.map("--{}".format),
+    values,
+    st.sampled_from(["good.py", "good.yaml", "bad.py", "bad.yaml", "folder.py", "none.yml"]),
+    st.text(max_size=12),
+)
+PIECES = [*NAMES, *WORDS, " = ", ": ", "\n", "\n  ", "(", ")", "[", "]", "{", "}", ",", "#", "'"]
+PIECES += ['"', "*", "**", "/", "%", "//", "+", "&a ", "*a", "!!", "- ", "|", ">", "<<", "\\", "?"]
+rows = st.lists(st.tuples(names, values), max_size=5)
+contents = st.one_of(
+    st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
+    rows.map(lambda rows: "\n".join(f"{name} = {value}" for name, value in rows)),
+    rows.map(lambda rows: "\n".join(f"{name}: {value}" for name, value in rows)),
+    st.text(max_size=60),
+).map(lambda text: text.encode("utf8", "replace")) | st.binary(max_size=60)
+
+
+def fuzz(examples):
+    unhealthy = [HealthCheck.function_scoped_fixture]  # every example cleans up after the last
+    return settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=unhealthy
+    )
+
+
+def settings_or_one_line(capsys, argv, cls=Config):
+    capsys.readouterr()
+    try:
+        cfg, status = configure(cls, argv), 0
+    except SystemExit as stop:
+        cfg, status = None, stop.code
+    out, err = capsys.readouterr()
+    if cfg is not None:
+        assert err == "" and from_dict(cls, to_dict(cfg), "again") == cfg
+        for name, kind in configurator.kinds_of(cls).items():
+            assert configurator.cast(name, getattr(cfg, name), kind) == getattr(cfg, name)
+    elif status == 0:
+        assert err == "" and ("-h" in argv or "--help" in argv)
+    else:
+        assert status == 2 and out == "" and len(err.splitlines()) == 1 and err.endswith("\n")
+        assert err.strip()
+    return cfg
+
+
+@pytest.fixture
+def some_files():
+    written("good.py", "n_layer = 2")
+    written("good.yaml", "model:\n  n_layer: 3")
+    written("bad.py", "n_layer = n_layer")
+    written("bad.yaml", "n_layer: [")
+    Path("folder.py").mkdir()
+
+
+@fuzz(500)
+@given(argv=st.lists(arguments, max_size=6))
+def test_any_argument_list(capsys, some_files, argv):
+    settings_or_one_line(capsys, argv)
+    settings_or_one_line(capsys, ["--ckpt=c", *argv], Sampling)
+
+
+@fuzz(500)
+@given(content=contents)
+def test_any_file(capsys, content):
+    for name in ("any.py", "any.yaml"):
+        settings_or_one_line(capsys, [written(name, content)])
+
+
+def test_damaged_files(capsys):
+    """A real config with random bytes changed, cut or doubled: 2 x 300 of them."""
+    rng, read = random.Random(0), 0
+    for name, text in (("a.py", PY), ("a.yaml", YAML)):
+        for _ in range(300):
+            damaged = bytearray(text.encode())
+            for _ in range(rng.randint(1, 3)):
+                at = rng.randrange(len(damaged))
+                end = at + rng.randint(0, 4)
+                damaged[at:end] = rng.choice([b"", rng.randbytes(2), damaged[at:end] * 2])
+            read += settings_or_one_line(capsys, [written(name, bytes(damaged))]) is not None
+    assert 30 < read < 570  # both ends are met
+
+
+TEXT = st.text(st.characters(codec="utf8", max_codepoint=0xFFFF, exclude_characters="\0"))
+
+
+@fuzz(100)
+@given(
+    cfg=st.builds(
+        Config,
+        learning_rate=st.floats(1e-4, 1000),
+        captions=TEXT,
+        n_layer=st.integers(1, 1000),
+        compile=st.sampled_from([None, True, False]),
+        resume=st.booleans(),
+    )
+)
+def test_flags_and_files_say_what_a_config_says(cfg):
+    """Oracle: any settings, written out in each of the ways, read back as themselves."""
+    pairs = to_dict(cfg)
+    assert configure(Config, [f"--{name}={value}" for name, value in pairs.items()]) == cfg
+    py = "\n".join(f"{name} = {value!r}" for name, value in pairs.items())
+    assert configure(Config, [written("c.py", py)]) == cfg
+    yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in pairs.items())
+    assert configure(Config, [written("c.yaml", yaml)]) == cfg
