@@ -95,8 +95,8 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
 def make_variant(scene: Scene, rng: random.Random) -> Scene:
     """`scene` with one fact changed: the hard negatives from which CLIP learns every attribute."""
     while True:
-        what = rng.choice(("background", "relation", "colours", *["size", "colour", "shape", "shape",
-                                                                  "count"] * 2))  # fmt: skip
+        common = ["size", "colour", "shape", "shape", "count"] * 2
+        what = rng.choice(("background", "relation", "colours", *common))
         groups = list(scene.groups)
         i = rng.randrange(len(groups))
         if what == "background":
@@ -431,8 +431,9 @@ def train_clip(cfg: ClipConfig) -> None:
             dy, dx = rng.randint(0, 4), rng.randint(0, 4)
             x = F.pad(x, (2, 2, 2, 2), mode="replicate")[..., dy : dy + side, dx : dx + side]
             x = x * torch.empty(len(x), 3, 1, 1).uniform_(0.95, 1.05)
-            texts = tokenizer([caption(scenes[i], rng) for i in chosen], padding=True,
-                              return_tensors="pt")  # fmt: skip
+            texts = tokenizer(
+                [caption(scenes[i], rng) for i in chosen], padding=True, return_tensors="pt"
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 images = model.visual_projection(
                     model.vision_model(pixel_values=(x - mean) / std).pooler_output

@@ -244,8 +244,9 @@ class Log:
         }  # fmt: skip
         self.write(row)
         self.bar.set_postfix_str(
-            f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['captions_per_s']:.0f} captions/s · "
-            f"{row['tokens_per_s']:.0f} tokens/s · MFU {row['mfu']:.0%}"
+            f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
+            f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
+            f"MFU {row['mfu']:.0%}"
         )  # fmt: skip
         self.begin()
 
@@ -296,7 +297,7 @@ class Signals:
 
 
 def model_config(cfg: Config, meta: dict, vocab_size: int) -> ModelConfig:
-    """The model that the config asks for, on the dataset. Raises UserError if the block is short."""
+    """The model that the config asks for. Raises UserError where the block is too short."""
     size = ModelConfig(
         vocab_size=vocab_size, features=meta["features"], embedding_dim=meta["embedding_dim"],
         n_positions=meta["n_positions"], normalize=meta["normalize"], n_prefix=cfg.n_prefix,
@@ -305,8 +306,10 @@ def model_config(cfg: Config, meta: dict, vocab_size: int) -> ModelConfig:
     )  # fmt: skip
     longest = max(split["longest_caption"] for split in meta["splits"].values())
     if (need := size.prefix_length + longest) > cfg.block_size:
-        raise UserError(f"block_size={cfg.block_size} is too short for a prefix of "
-                        f"{size.prefix_length} and a caption of {longest}: set --block_size={need}")  # fmt: skip
+        raise UserError(
+            f"block_size={cfg.block_size} is too short for a prefix of "
+            f"{size.prefix_length} and a caption of {longest}: set --block_size={need}"
+        )
     return size
 
 
@@ -320,7 +323,7 @@ def random_state(place: Place) -> dict:
 def check_resumable(
     state: dict, path, cfg: Config, size: dict, meta: dict, world: int
 ) -> list[str]:
-    """Settings that differ from the checkpoint's. Raises UserError where that cannot be gone on from."""
+    """Settings that differ from the checkpoint's. Raises UserError where it does not fit at all."""
     if "optimizer" not in state:
         raise UserError(f"{path} cannot be resumed from: it holds no optimizer; last.pt does")
     differ = [
@@ -335,8 +338,10 @@ def check_resumable(
             f"{path} was trained on another dataset: {', '.join(files) or 'files'} differ"
         )
     if len(state["random"]) != world:
-        raise UserError(f"{path} is of {len(state['random'])} processes, these are {world}: "
-                        f"start as many to go on exactly")  # fmt: skip
+        raise UserError(
+            f"{path} is of {len(state['random'])} processes, these are {world}: "
+            f"start as many to go on exactly"
+        )
     now = to_dict(cfg)
     return [f"{k} was {v}, is {now[k]}" for k, v in state["config"].items()
             if k != "resume" and now.get(k) != v]  # fmt: skip
@@ -381,8 +386,10 @@ def main(cfg: Config) -> dict:
         wrapped = DistributedDataParallel(wrapped)
     log = Log(cfg, place, model, step)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(f"{count:.1f} M parameters, {len(train)} images, {order.per_epoch} steps an epoch, "
-            f"{place.world} x {place.device}, {place.dtype}")  # fmt: skip
+    log.say(
+        f"{count:.1f} M parameters, {len(train)} images, {order.per_epoch} steps an epoch, "
+        f"{place.world} x {place.device}, {place.dtype}"
+    )
     if cfg.resume:
         log.say(f"resumed from {last} at step {step}" if step else f"no {last} yet: from the start")
         for line in differ if step else []:
@@ -447,8 +454,10 @@ def main(cfg: Config) -> dict:
         if bad:
             log.say(f"step {step}: the gradient is not finite, skipped")
         if bad >= 20:
-            raise UserError(f"the gradient was not finite {bad} times in a row: lower learning_rate "
-                            f"and go on from {last}")  # fmt: skip
+            raise UserError(
+                f"the gradient was not finite {bad} times in a row: lower learning_rate "
+                f"and go on from {last}"
+            )
         if step % cfg.log_interval == 0:
             log.line(step, place.total(nll.item())[0] / counts["targets"], norm, lr)
         stopping = place.total(signals.asked)[0] > 0

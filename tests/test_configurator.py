@@ -419,7 +419,7 @@ def test_help_prints_every_setting_with_its_comment(capsys):
             [line] = [line for line in lines if line.startswith(f"{field.name}: ")]
             assert "  # " in line and len(line) <= 110
         sections = [line.split()[2].strip(",") for line in lines if line.startswith("# -- ")]
-        assert sections == "data shapes model training evaluation run".split()
+        assert sections == ["data", "shapes", "model", "training", "evaluation", "run"]
 
 
 def test_help_of_another_class(capsys):

@@ -1,0 +1,31 @@
+"""The built-in dataset: scenes of coloured shapes, encoded by the tiny CLIP in assets/.
+
+    make demo                                    # this, from nothing, with everything it needs
+    python prepare.py config/shapes.py
+    python train.py config/shapes.py
+    python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
+"""
+
+dataset = "shapes"
+source = "shapes"
+shapes_train = 8000
+shapes_eval = 500
+clip = "assets/shapes-clip"
+features = "pooled"
+vocab_size = 512
+
+n_prefix = 4
+mapper = "mlp"
+n_layer = 3
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+
+batch_size = 64
+max_iters = 1000
+learning_rate = 2e-3
+min_lr = 2e-5
+warmup_iters = 50
+eval_interval = 250
+eval_images = 250

@@ -1,0 +1,325 @@
+"""Captions a dataset's split, or any image files and folders, with a trained checkpoint.
+
+    python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
+    python sample.py --ckpt out/coco/ckpt.pt --image photo.jpg another.png folder/
+    python sample.py --ckpt out/coco/ckpt.pt --image dog.jpg --method sample --top_p 0.9 --n_best 5
+
+On a split it writes predictions.json (COCO's result format) and predictions.csv, and prints the
+scores as one line of JSON, last. What is done is kept as it goes: interrupted, the same command
+goes on where it stopped and ends with the same files.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import metrics
+import shapes
+from configurator import UserError, configure, one_of, run, within
+from data import Split, write_text
+from decode import Decoding, generate
+from train import Place
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    # -- what -----------------------------------------------------------------------------
+    ckpt: str  # a checkpoint that train.py wrote
+    split: str = ""  # caption this split of the checkpoint's dataset, and score the captions
+    image: tuple[str, ...] = ()  # or these image files, and all images in these folders
+    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
+    images: str = ""  # folder of the split's images, for the gallery; empty: as prepare.py had it
+    clip: str = ""  # where the encoder lies; empty: as the checkpoint names it
+    # -- how ------------------------------------------------------------------------------
+    method: str = "greedy"  # greedy, sample (temperature, top-k, top-p) or beam
+    n_best: int = 1  # captions an image: its best beams, or so many samples
+    beams: int = 5  # beam: hypotheses kept per image
+    length_penalty: float = 0.0  # beam: scores are log p / length ** length_penalty
+    temperature: float = 1.0  # sample: below 1 sharpens, above 1 flattens
+    top_k: int = 0  # sample: only from the k likeliest tokens, 0 = all
+    top_p: float = 1.0  # sample: only from the likeliest that together reach p
+    min_len: int = 1  # tokens of a caption at least
+    max_len: int = 0  # and at most; 0: as many as the model has room for, at most 40
+    no_repeat_ngram: int = 0  # no n tokens in a row occur twice, 0 = off
+    prompt: str = ""  # text that every caption continues
+    seed: int = 0  # of sampling
+    # -- where to -------------------------------------------------------------------------
+    out_json: str = ""  # empty: predictions.json in a folder of the split beside the checkpoint
+    out_csv: str = ""  # empty: the same with .csv
+    gallery: bool = False  # write gallery.html beside out_json too
+    attention: bool = False  # keep, for the gallery, which prefix each token attends to
+    # -- run ------------------------------------------------------------------------------
+    batch_size: int = 64  # images decoded at a time
+    device: str = "auto"  # auto cpu mps cuda cuda:1
+    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
+    java: bool = False  # score with the COCO toolkit's Java tokenizer and METEOR
+
+    def __post_init__(self):
+        within(self, "batch_size", 1, 10**6)
+        within(self, "max_len", 0, 10**6)
+        one_of(self, "dtype", "auto bfloat16 float16 float32")
+        if bool(self.split) == bool(self.image):
+            raise UserError("give either --split=<name> or --image <files and folders>")
+
+    def decoding(self, room: int) -> Decoding:
+        own = {f.name: getattr(self, f.name) for f in fields(Decoding)}
+        return Decoding(**(own | {"max_len": self.max_len or min(40, room)}))
+
+
+# ---------------------------------------------------------------------------------------------
+# What is captioned: each item has "image_id", "file_name", "path", and for a split "references"
+
+
+def split_items(cfg: SampleConfig, meta: dict) -> tuple[list[dict], Split]:
+    split = Split(Path(cfg.data or f"data/{meta['dataset']}"), cfg.split)
+    ours = {k: meta[k] for k in ("encoder", "features", "grid", "n_positions", "embedding_dim")}
+    theirs = {k: split.meta[k] for k in ours}
+    if ours != theirs:
+        differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]
+        raise UserError(f"{split.folder} does not fit {cfg.ckpt}: it has {'; '.join(differ)}")
+    folder = Path(cfg.images or split.meta["images"] or split.folder / "images")
+    images, references = split.references()
+    items = []
+    for image, captions in zip(images, references, strict=True):
+        path = folder / image["file_name"]
+        items.append(
+            {"image_id": image["id"], "file_name": image["file_name"],
+             "path": str(path) if path.is_file() else "", "references": captions,
+             "true_facts": image.get("facts")}
+        )  # fmt: skip
+    return items, split
+
+
+def image_items(cfg: SampleConfig) -> list[dict]:
+    from encoder import find_images
+
+    return [{"image_id": i, "file_name": p.name, "path": str(p), "references": []}
+            for i, p in enumerate(find_images(cfg.image))]  # fmt: skip
+
+
+def open_encoder(cfg: SampleConfig, meta: dict, device: str):
+    """The checkpoint's encoder. Raises UserError where width or kind are not what it needs."""
+    from encoder import Encoder
+
+    if not meta["encoder"]:
+        raise UserError(
+            f"{cfg.ckpt} was trained on embeddings of your own, which no encoder here "
+            f"makes: use --split"
+        )
+    encoder = Encoder(cfg.clip or meta["encoder"], meta["features"], meta["grid"], device)
+    have = f"{encoder.n_positions} x {encoder.embedding_dim}"
+    need = f"{meta['n_positions']} x {meta['embedding_dim']}"
+    if have != need:
+        raise UserError(
+            f"{encoder.name} gives {meta['features']} embeddings of {have}, "
+            f"{cfg.ckpt} needs {need} as of {meta['encoder']}"
+        )
+    return encoder
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress that survives an interruption
+
+
+class Partial:
+    """Finished predictions, one JSON a line, below a line that says of what run they are."""
+
+    def __init__(self, path: Path, run: dict):
+        self.path, self.done = path, []
+        header = json.dumps(run, sort_keys=True)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        if lines and lines[0] == header:
+            with contextlib.suppress(ValueError):  # a torn line and what follows it is done again
+                for line in lines[1:]:
+                    self.done.append(json.loads(line))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(f"{x}\n" for x in [header, *map(json.dumps, self.done)]))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open until finished
+
+    def add(self, predictions: list[dict]) -> None:
+        self.done += predictions
+        self.file.write("".join(json.dumps(p) + "\n" for p in predictions))
+        self.file.flush()
+
+    def finish(self) -> None:
+        self.file.close()
+        self.path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------
+# From captions to files
+
+
+def as_prediction(item: dict, found: list, tokenizer, maps) -> dict:
+    """An entry of predictions.json: COCO's two keys, and what the gallery shows."""
+    texts, best = [tokenizer.decode(c.ids) for c in found], found[0]
+    row = {"image_id": item["image_id"], "caption": texts[0]}
+    row |= {k: item[k] for k in ("file_name", "path", "references")}
+    row["tokens"] = [tokenizer.sp.id_to_piece(i) for i in best.ids]
+    row["logprobs"] = [round(p, 4) for p in best.logprobs]
+    if len(found) > 1:
+        row["n_best"] = [{"caption": t, "logprob": round(c.logprob, 4)}
+                         for t, c in zip(texts, found, strict=True)]  # fmt: skip
+    if item.get("true_facts"):
+        row["facts"] = {"stated": sorted(shapes.stated(texts[0])), "true": item["true_facts"]}
+    if maps is not None:
+        row["attention"] = [[round(w, 4) for w in token] for token in maps]
+    return row
+
+
+def score(predictions: list[dict], java: bool) -> dict:
+    """Corpus scores; each prediction gets its own under "scores"."""
+    hypotheses = {p["image_id"]: p["caption"] for p in predictions}
+    references = {p["image_id"]: p["references"] for p in predictions}
+    meteor = metrics.java_missing() is None
+    corpus, per_image = metrics.score(hypotheses, references, java=java, meteor=meteor)
+    for p in predictions:
+        own = per_image[p["image_id"]]
+        p["scores"] = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}
+    if all("facts" in p for p in predictions):
+        captions = [p["caption"] for p in predictions]
+        corpus["facts"] = shapes.score_facts(captions, [p["facts"]["true"] for p in predictions])
+    corpus["signature"] = metrics.signature(hypotheses, references, java=java, meteor=meteor)
+    return corpus
+
+
+def as_csv(predictions: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image_id", "file_name", "caption", "references", "bleu", "rouge_l", "cider"))
+    for p in predictions:
+        own = p.get("scores", {})
+        cells = [f"{own[k]:.4f}" if own else "" for k in ("bleu", "rouge_l", "cider")]
+        writer.writerow(
+            [p["image_id"], p["file_name"], p["caption"], " | ".join(p["references"]), *cells]
+        )
+    return text.getvalue()
+
+
+@torch.inference_mode()
+def attention_maps(model, embeddings, captions: list[list[int]], bos: int) -> list:
+    """For each caption, (t, P): how the last layer's heads, on average, look at the prefix when
+    they choose each token; the rest of each row's 1 goes to the caption itself."""
+    maps = []
+    for embedding, ids in zip(embeddings, captions, strict=True):
+        tokens = torch.tensor([[bos, *ids]], device=embeddings.device)
+        where = torch.arange(tokens.size(1), device=tokens.device)[None]
+        seen: list = []
+        layer = model.transformer.h[-1].attn
+        handle = layer.c_attn.register_forward_hook(lambda _, args, out: seen.append(out))  # noqa: B023
+        model.hidden(embedding[None], tokens, torch.ones_like(tokens), where)
+        handle.remove()
+        q, k, _ = seen[0][0].float().unflatten(-1, (3, layer.n_head, -1)).permute(1, 2, 0, 3)
+        P, T = model.cfg.prefix_length, q.size(1)
+        scores = (q @ k.transpose(1, 2)) / q.size(-1) ** 0.5  # (nh, T, T)
+        causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        weights = scores.masked_fill(~causal, -torch.inf).softmax(-1).mean(0)
+        maps.append(weights[P:-1, :P].tolist())
+    return maps
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def main(cfg: SampleConfig) -> dict:
+    """Captions what `cfg` names. Returns the scores, empty for images without references."""
+    content = checkpoint.load(cfg.ckpt)
+    model, tokenizer = checkpoint.build(content, cfg.ckpt)
+    place, meta = Place(cfg.device, cfg.dtype), content["meta"]
+    model.to(place.device)
+    decoding = cfg.decoding(model.cfg.block_size - model.cfg.prefix_length)
+    if cfg.split:
+        items, split = split_items(cfg, meta)
+        out = Path(cfg.out_json or Path(cfg.ckpt).parent / cfg.split / "predictions.json")
+    else:
+        items, encoder = image_items(cfg), open_encoder(cfg, meta, place.kind)
+        out = Path(cfg.out_json) if cfg.out_json else None
+
+    partial = None
+    if out:
+        weights = hashlib.sha256(Path(cfg.ckpt).read_bytes()).hexdigest()
+        partial = Partial(
+            out.with_name(out.name + ".partial.jsonl"),
+            {"ckpt": weights, "decoding": asdict(decoding), "prompt": cfg.prompt,
+             "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items]},
+        )  # fmt: skip
+        if partial.done:
+            print(f"going on after {len(partial.done)} captions that {partial.path} holds")
+    predictions: list[dict] = partial.done if partial else []
+    skipped: list[str] = []
+    begin, first = time.perf_counter(), len(predictions)
+    bar = tqdm(total=len(items), initial=first, unit="image", disable=not cfg.split)
+    for i in range(first, len(items), cfg.batch_size):
+        batch = items[i : i + cfg.batch_size]
+        numbers = range(i, i + len(batch))
+        if cfg.split:
+            embeddings = split.embedding(np.array(numbers))
+        else:
+            embeddings, good = encoder.read_and_encode([item["path"] for item in batch], skipped)
+            batch, numbers = ([x[j] for j in good] for x in (batch, numbers))
+            if not batch:
+                continue
+        embeddings = embeddings.to(place.device)
+        with place.autocast():
+            found = generate(model, embeddings, tokenizer, decoding, cfg.prompt, list(numbers))
+        maps = [None] * len(batch)
+        if cfg.attention:
+            maps = attention_maps(model, embeddings, [f[0].ids for f in found], tokenizer.bos)
+        new = [as_prediction(*x[:2], tokenizer, x[2]) for x in zip(batch, found, maps, strict=True)]
+        if partial:
+            partial.add(new)
+        else:
+            predictions += new
+        if cfg.image:
+            for p in new:
+                for n in p.get("n_best", [p]):
+                    print(f"{p['path']}: {n['caption']}")
+        bar.update(len(batch))
+    bar.close()
+    took = time.perf_counter() - begin
+    rate = (len(predictions) - first) / took
+
+    scores: dict = {}
+    if cfg.split:
+        scores = score(predictions, cfg.java)
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    if out:
+        write_text(out, json.dumps(predictions))
+        table = Path(cfg.out_csv or out.with_suffix(".csv"))
+        write_text(table, as_csv(predictions))
+        partial.finish()
+        print(f"wrote {out} and {table}")
+    elif cfg.out_csv:
+        write_text(cfg.out_csv, as_csv(predictions))
+        print(f"wrote {cfg.out_csv}")
+    if cfg.gallery:
+        import gallery
+
+        page = (out or Path("predictions.json")).with_name("gallery.html")
+        gallery.write(predictions, page, title=f"{meta['dataset']} {cfg.split}".strip())
+        print(f"wrote {page}")
+    print(f"{len(predictions)} images, {rate:.1f} captions/s, {cfg.method} on {place.device}")
+    if scores:
+        print(json.dumps({"split": cfg.split, "images": len(predictions), **scores}))
+    if skipped:
+        raise UserError(f"{len(skipped)} of {len(items)} images could not be read")
+    return scores
+
+
+if __name__ == "__main__":
+    run(main, configure(SampleConfig, sys.argv[1:], __doc__, files=False))

@@ -1,0 +1,306 @@
+"""train.py: the same update however a batch is cut, the same run however it is interrupted."""
+
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import Config, UserError
+from data import Split
+from decode import Decoding, generate
+
+ROOT = Path(train.__file__).parent
+SMALL = dict(
+    dataset="tiny", n_prefix=2, n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0,
+    batch_size=8, max_iters=12, learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, eval_interval=6,
+    log_interval=1, device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+def flags(**changes) -> list[str]:
+    return [f"--{k}={v}" for k, v in (SMALL | changes).items()]
+
+
+def start(*args, processes: int = 0) -> subprocess.Popen:
+    """train.py (or another script) in a process of its own, or under torchrun."""
+    script, *rest = args
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, str(ROOT / script), *rest], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err[-3000:]
+    return out + err
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out) -> list[float]:
+    return [row["loss"] for row in log_of(out) if "loss" in row]
+
+
+def weights(path) -> dict:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_tiny_dataset_is_learned_by_heart(here):
+    """One caption an image, and every caption comes back from its embedding alone."""
+    train.main(Config(**SMALL | dict(max_iters=250, eval_interval=250, n_embd=64)))
+    split = Split(here / "data/tiny", "train")
+    content = checkpoint.load("out/tiny/ckpt.pt")
+    model, tokenizer = checkpoint.build(content, "out/tiny/ckpt.pt")
+    references = split.references()[1]
+    single = [i for i, captions in enumerate(references) if len(captions) == 1]
+    assert len(single) >= 3
+    found = generate(model, torch.tensor(split.embeddings[:]), tokenizer, Decoding(max_len=20))
+    captions = [tokenizer.decode(f[0].ids) for f in found]
+    assert [captions[i] for i in single] == [references[i][0] for i in single]
+    every = zip(captions, references, strict=True)
+    assert sum(c in r for c, r in every) >= 0.9 * len(captions)
+    last = log_of("out/tiny")[-1]
+    assert last["shuffled_loss"] != last["val_loss"] and 0 < last["distinct"] <= 1
+
+
+@pytest.mark.parametrize("processes, micro", [(0, 2), (0, 4), (2, 1), (2, 2), (4, 1)])
+def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
+    train.main(Config(**SMALL | dict(out_dir="one")))
+    cut = flags(out_dir="cut", gradient_accumulation_steps=micro)
+    output = finish(start("train.py", *cut, processes=processes))
+    assert losses("cut") == pytest.approx(losses("one"), abs=1e-5), output
+    one, cut = weights("one/last.pt"), weights("cut/last.pt")
+    for name, value in one.items():
+        assert torch.allclose(value, cut[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("kind", [{}, {"ema": 0.9, "dropout": 0.2, "embedding_noise": 0.1},
+                                  {"dtype": "bfloat16"}])  # fmt: skip
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(here, kind, monkeypatch):
+    train.main(Config(**SMALL | kind | dict(out_dir="whole")))
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_after_save(path, content, save=checkpoint.save):
+        save(path, content)
+        if path.name == "last.pt":
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(checkpoint, "save", stop_after_save)
+        train.main(Config(**SMALL | kind | dict(out_dir="parts")))
+    with open("parts/log.jsonl", "a") as log:
+        log.write('{"step": 7, "loss": 9}\n{"step": 8, "lo')  # lost steps, and a torn line
+    train.main(Config(**SMALL | kind | dict(out_dir="parts", resume=True)))
+    assert losses("parts") == losses("whole")
+    for file in ("ckpt.pt", "last.pt"):
+        whole, parts = weights(f"whole/{file}"), weights(f"parts/{file}")
+        assert all(torch.equal(v, parts[k]) for k, v in whole.items()), file
+
+
+def wait_for_steps(out: Path, n: int) -> None:
+    for _ in range(1200):
+        if out.is_file() and out.read_text().count('"loss"') >= n:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {n} steps in {out}")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
+    long = dict(max_iters=300, eval_interval=100)
+    finish(start("train.py", *flags(out_dir="whole", **long), processes=processes))
+    args = flags(out_dir="parts", **long)
+    run = start("train.py", *args, processes=processes)
+    wait_for_steps(here / "parts/log.jsonl", 20)
+    if processes:  # as a scheduler does it: every worker gets the signal
+        subprocess.run(
+            ["pkill", "-TERM", "-f", "--", f"{ROOT}/train.py.*out_dir=parts"], check=False
+        )
+        run.communicate(timeout=120)
+    else:
+        run.send_signal(signal.SIGTERM)
+        assert "stopped by a signal" in finish(run, status=train.PREEMPTED)
+    assert len(losses("parts")) < 300
+    assert "resumed from" in finish(start("train.py", *args, "--resume", processes=processes))
+    assert losses("parts") == losses("whole")
+    whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+def test_sigkill_at_random_moments_loses_nothing(here):
+    """The long version, twenty kills, is tests/kill_train.py."""
+    chance = random.Random(0)
+    args = flags(eval_interval=5, max_iters=60)
+    finish(start("train.py", *args, "--out_dir=whole"))
+    for _ in range(3):
+        run = start("train.py", *args, "--out_dir=parts", "--resume")
+        time.sleep(chance.uniform(2, 6))
+        run.kill()
+        run.communicate()
+    finish(start("train.py", *args, "--out_dir=parts", "--resume"))
+    assert losses("parts") == losses("whole")
+    whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+def test_what_does_not_fit_is_not_resumed(here):
+    train.main(Config(**SMALL))
+    with pytest.raises(UserError, match="another architecture: n_embd was 32, is 64"):
+        train.main(Config(**SMALL | dict(resume=True, n_embd=64)))
+    os.rename("out/tiny/ckpt.pt", "out/tiny/last.pt")
+    with pytest.raises(UserError, match="cannot be resumed from"):
+        train.main(Config(**SMALL | dict(resume=True)))
+
+
+def test_another_dataset_is_not_resumed(here):
+    from conftest import tiny_dataset
+
+    train.main(Config(**SMALL))
+    os.rename(here / "data/tiny", here / "data/old")
+    tiny_dataset(here / "data/tiny", images=25)
+    with pytest.raises(UserError, match="another dataset: .*train_embeddings.npy"):
+        train.main(Config(**SMALL | dict(resume=True)))
+
+
+def test_gradients_that_are_not_finite_are_skipped_then_stop_it(here, monkeypatch, capfd):
+    plain, calls = train.loss_sum, []
+
+    def sometimes_nan(model, batch, label_smoothing=0.0):
+        loss = plain(model, batch, label_smoothing)
+        calls.append(model.training)
+        return loss * math.nan if sum(calls) == 3 and model.training else loss
+
+    monkeypatch.setattr(train, "loss_sum", sometimes_nan)
+    train.main(Config(**SMALL))
+    assert "step 3: the gradient is not finite, skipped" in capfd.readouterr().out
+    assert all(v.isfinite().all() for v in weights("out/tiny/last.pt").values())
+    monkeypatch.setattr(train, "loss_sum", lambda m, b, s=0.0: plain(m, b, s) * math.nan)
+    with pytest.raises(UserError, match="not finite 20 times in a row.*last.pt"):
+        train.main(Config(**SMALL | dict(max_iters=40, eval_interval=40)))
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    cfg = Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(s, cfg) for s in range(130)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates)
+    assert rates[60] == pytest.approx(0.55) and rates[110:] == [pytest.approx(0.1)] * 20
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    short = Config(warmup_iters=50, max_iters=20)
+    assert train.learning_rate(19, short) == pytest.approx(0.4e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# What users get wrong: one line, and a status that is not 0
+
+
+def one_line(process: subprocess.Popen) -> str:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (1, 2), err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--n_emdb=64"], "did you mean `--n_embd`"),
+        (["--n_layer=six"], "expected an int"),
+        (["--dataset=none"], "data/none/meta.json not found: run `python prepare.py"),
+        (["--block_size=10"], "set --block_size="),
+        (["--batch_size=4096"], "exceeds the 24 training images"),
+        (["--device=cuda"], "no CUDA device"),
+        (["config/none.py"], "config/none.py"),
+    ],
+)
+def test_mistakes_are_one_line(here, args, says):
+    if "cuda" in args[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert says in one_line(start("train.py", *flags(), *args))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(here):
+    (here / "file").write_text("")
+    assert "file" in one_line(start("train.py", *flags(out_dir="file/out")))
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_foreign_checkpoints_are_refused_and_nothing_runs(here):
+    train.main(Config(**SMALL | dict(max_iters=1, eval_interval=1)))
+    good = Path("out/tiny/ckpt.pt").read_bytes()
+    content = torch.load("out/tiny/ckpt.pt", weights_only=True)
+    bad = here / "bad.pt"
+
+    def refused(says: str) -> None:
+        with pytest.raises(UserError, match=says) as caught:
+            checkpoint.build(checkpoint.load(bad), bad)
+        assert "bad.pt" in str(caught.value)
+
+    with pytest.raises(UserError, match="none.pt not found"):
+        checkpoint.load("none.pt")
+    bad.write_bytes(b"")
+    refused("damaged or no checkpoint")
+    bad.write_bytes(good[: len(good) // 2])
+    refused("damaged or no checkpoint")
+    bad.write_bytes(pickle.dumps(RunsCode()))
+    refused("damaged or no checkpoint")
+    torch.save({"model": RunsCode()}, bad)
+    refused("more than weights")
+    assert not Path("executed").exists()
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("a.txt", "text")
+    refused("could not be read")
+    torch.save([1, 2], bad)
+    refused("not a nanoCaption checkpoint")
+    torch.save(content | {"model_config": content["model_config"] | {"n_embd": 64}}, bad)
+    refused("do not fit the settings")
+    torch.save(content | {"tokenizer": content["tokenizer"][:50]}, bad)
+    refused("not a sentencepiece model")
+    torch.save(content | {"model": {**content["model"], "extra": torch.ones(1)}}, bad)
+    refused("extra")
+
+
+def test_random_damage_never_loads_wrong_weights(here):
+    """200 corruptions: refused in one line, or the very same weights come out."""
+    train.main(Config(**SMALL | dict(max_iters=1, eval_interval=1)))
+    good = Path("out/tiny/ckpt.pt").read_bytes()
+    truth, chance, refused = weights("out/tiny/ckpt.pt"), random.Random(0), 0
+    bad = here / "bad.pt"
+    for _ in range(200):
+        damaged = bytearray(good)
+        for _ in range(chance.choice((1, 1, 3))):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        if chance.random() < 0.3:
+            at = chance.randrange(len(damaged))
+            damaged[at : at + chance.randrange(1, 500)] = chance.randbytes(chance.randrange(500))
+        bad.write_bytes(damaged)
+        try:
+            model, _ = checkpoint.build(checkpoint.load(bad), bad)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert all(torch.equal(v, truth[k]) for k, v in model.state_dict().items())
+    assert refused > 150
