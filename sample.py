@@ -262,7 +262,7 @@ def main(cfg: SampleConfig) -> dict:
     predictions: list[dict] = partial.done if partial else []
     skipped: list[str] = []
     begin, first = time.perf_counter(), len(predictions)
-    bar = tqdm(total=len(items), initial=first, unit="image", disable=not cfg.split)
+    bar = tqdm(total=len(items), initial=first, unit="image", disable=None if cfg.split else True)
     for i in range(first, len(items), cfg.batch_size):
         batch = items[i : i + cfg.batch_size]
         numbers = range(i, i + len(batch))

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure, run
+from data import write_text
 
 # ---------------------------------------------------------------------------------------------
 # Scenes
@@ -338,7 +339,7 @@ def build(images: Path, counts: dict[str, int], seed: int) -> dict[str, list[dic
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ShapesConfig:
     """Settings of `python shapes.py`."""
 
     train_clip: bool = False  # train the tiny CLIP and write it to `out`
@@ -383,7 +384,7 @@ def new_clip(folder: Path, texts: list[str]):
     return CLIPModel._from_config(config, attn_implementation="eager"), tokenizer, processor
 
 
-def train_clip(cfg: ClipConfig) -> None:
+def train_clip(cfg: ShapesConfig) -> None:
     """Trains the tiny CLIP by the contrastive loss of Radford et al. (2021) and saves it.
 
     A batch holds families of eight scenes that differ in one fact, and scenes with the same facts
@@ -476,13 +477,82 @@ def save_half(model, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# What the embeddings know
+
+
+def labels(scene: Scene) -> dict[str, str | int]:
+    """What is asked of an embedding: one group's attributes; of two, who is where and in what
+    colour (said of the group whose shape comes first in the alphabet)."""
+    first, *others = sorted(scene.groups, key=lambda g: g.shape)
+    asked: dict = {"background": scene.background}
+    if not others:
+        asked |= {k: getattr(first, k) for k in ("shape", "colour", "size", "count")}
+    else:
+        asked["colour of two"] = first.colour
+    if scene.relation:
+        swap = first is not scene.groups[0]
+        asked["relation"] = OPPOSITE[scene.relation] if swap else scene.relation
+    return asked
+
+
+def probe(cfg: ShapesConfig) -> dict[str, dict[str, float]]:
+    """Accuracy of linear classifiers (logistic regression) on the frozen embeddings of new scenes,
+    for pooled and grid features; on scenes like those of training, and on the novel pairs."""
+    from encoder import Encoder
+
+    def scenes(kind: str, n: int) -> list[tuple[Scene, random.Random]]:
+        rngs = [random.Random(f"probe/{kind}/{i}") for i in range(n)]
+        return [(make_scene(rng, novel=kind == "novel"), rng) for rng in rngs]
+
+    sets = {
+        "train": scenes("train", 6000),
+        "test": scenes("test", 2000),
+        "novel": scenes("novel", 2000),
+    }
+    images = {k: [render(s, rng) for s, rng in v] for k, v in sets.items()}
+    asked = {k: [labels(s) for s, _ in v] for k, v in sets.items()}
+    found: dict = {}
+    for features in ("pooled", "grid"):
+        encoder = Encoder(cfg.out, features)
+        x = {k: torch.cat([encoder(v[i : i + 250]) for i in range(0, len(v), 250)]).flatten(1).float()
+             for k, v in images.items()}  # fmt: skip
+        mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
+        for name in ("background", "shape", "colour", "size", "count", "relation", "colour of two"):
+            rows = {k: [i for i, a in enumerate(v) if name in a] for k, v in asked.items()}
+            classes = sorted({asked["train"][i][name] for i in rows["train"]}, key=str)
+            y = {k: torch.tensor([classes.index(asked[k][i][name]) for i in r])
+                 for k, r in rows.items()}  # fmt: skip
+            z = {k: (x[k][r] - mean) / std for k, r in rows.items()}
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(z["train"].size(1), len(classes))
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, weight_decay=0.1)
+            for _ in range(300):
+                optimizer.zero_grad()
+                F.cross_entropy(layer(z["train"]), y["train"]).backward()
+                optimizer.step()
+            for kind in ("test", "novel"):
+                right = (layer(z[kind]).argmax(1) == y[kind]).float().mean().item()
+                found.setdefault(name, {})[f"{features} {kind}"] = round(right, 3)
+        print(
+            f"{features}: "
+            + ", ".join(
+                f"{n} {v[features + ' test']:.3f} (novel {v[features + ' novel']:.3f})"
+                for n, v in found.items()
+            )
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
 # The commands
 
 
-def main(cfg: ClipConfig) -> None:
+def main(cfg: ShapesConfig) -> None:
     if cfg.train_clip:
         train_clip(cfg)
+    if cfg.probe:
+        write_text(Path(cfg.out) / "probes.json", json.dumps(probe(cfg), indent=1))
 
 
 if __name__ == "__main__":
-    run(main, configure(ClipConfig, sys.argv[1:], __doc__, files=False))
+    run(main, configure(ShapesConfig, sys.argv[1:], __doc__, files=False))

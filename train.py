@@ -212,7 +212,8 @@ class Log:
     def __init__(self, cfg: Config, place: Place, model: ClipLM, step: int):
         self.master, self.model, self.place = place.rank == 0, model, place
         self.peak = place.matmul_rate()
-        self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=not self.master)
+        show = None if self.master else True  # None: a bar on a terminal, plain lines in a file
+        self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=show)
         self.file = None
         if self.master:
             path = cfg.run_dir / "log.jsonl"
@@ -243,11 +244,15 @@ class Log:
             "mfu": flops / took / (self.peak * self.place.world), "waiting": self.waited / took,
         }  # fmt: skip
         self.write(row)
-        self.bar.set_postfix_str(
+        text = (
             f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
             f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
             f"MFU {row['mfu']:.0%}"
-        )  # fmt: skip
+        )
+        if self.bar.disable:
+            self.say(f"step {step}: {text}")
+        else:
+            self.bar.set_postfix_str(text)
         self.begin()
 
     def scores(self, step: int, scores: dict, samples: list[str]) -> None:

@@ -70,7 +70,7 @@ def test_a_tiny_dataset_is_learned_by_heart(here):
     model, tokenizer = checkpoint.build(content, "out/tiny/ckpt.pt")
     references = split.references()[1]
     single = [i for i, captions in enumerate(references) if len(captions) == 1]
-    assert len(single) >= 3
+    assert len(single) >= 2
     found = generate(model, torch.tensor(split.embeddings[:]), tokenizer, Decoding(max_len=20))
     captions = [tokenizer.decode(f[0].ids) for f in found]
     assert [captions[i] for i in single] == [references[i][0] for i in single]

@@ -1,0 +1,133 @@
+"""sample.py: from checkpoint to files and scores; interrupted, it ends with the same files."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ROOT, SMALL, one_line, start
+
+import checkpoint
+import metrics
+import sample
+import train
+from configurator import Config, UserError
+from data import Split
+from sample import SampleConfig
+
+
+@pytest.fixture
+def trained(here):
+    train.main(Config(**SMALL | dict(max_iters=60, eval_interval=60)))
+    return here
+
+
+def run(*args: str) -> str:
+    process = start("sample.py", "--ckpt=out/tiny/ckpt.pt", "--device=cpu", *args)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_a_split_becomes_json_csv_and_scores(trained):
+    output = run("--split=val", "--method=beam", "--n_best=3", "--out_csv=table.csv")
+    scores = json.loads(output.splitlines()[-1])
+    predictions = json.loads(Path("out/tiny/val/predictions.json").read_text())
+    images, references = Split(trained / "data/tiny", "val").references()
+    assert [p["image_id"] for p in predictions] == [i["id"] for i in images]  # in input order
+    table = list(csv.reader(Path("table.csv").read_text().splitlines()))
+    assert table[0] == "image_id file_name caption references bleu rouge_l cider".split()
+    assert [row[2] for row in table[1:]] == [p["caption"] for p in predictions]
+    corpus, each = metrics.score(
+        {p["image_id"]: p["caption"] for p in predictions},
+        {i["id"]: r for i, r in zip(images, references, strict=True)},
+    )
+    for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"):
+        assert scores[name] == corpus[name]
+    assert float(table[1][6]) == pytest.approx(each[24]["CIDEr"], abs=1e-4)
+    assert all(len(p["n_best"]) == 3 and p["n_best"][0]["caption"] == p["caption"]
+               for p in predictions)  # fmt: skip
+    best = [n["logprob"] for n in predictions[0]["n_best"]]
+    assert best == sorted(best, reverse=True)
+    command = [sys.executable, str(ROOT / "metrics.py"), "out/tiny/val/predictions.json",
+               "data/tiny/val.json"]  # fmt: skip
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said.splitlines()[-1])["CIDEr"] == pytest.approx(scores["CIDEr"], abs=1e-9)
+
+
+def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
+    args = ["--split=train", "--method=sample", "--batch_size=2", "--max_len=20"]
+    run(*args, "--out_json=whole/p.json")
+    process = start("sample.py", "--ckpt=out/tiny/ckpt.pt", *args, "--out_json=parts/p.json")
+    partial = Path("parts/p.json.partial.jsonl")
+    while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 4):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if not Path("parts/p.json").exists():  # it was quicker than the kill only on a fast machine
+        with open(partial, "a") as file:
+            file.write('{"image_id": 9, "capt')  # as a kill within a write leaves it
+        assert "going on after" in run(*args, "--out_json=parts/p.json")
+    for name in ("p.json", "p.csv"):
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+    assert not partial.exists()
+
+
+def test_other_settings_do_not_go_on_from_anothers_captions(trained):
+    partial = sample.Partial(Path("p.partial.jsonl"), {"seed": 1})
+    partial.add([{"image_id": 1}])
+    partial.file.close()
+    assert sample.Partial(Path("p.partial.jsonl"), {"seed": 1}).done == [{"image_id": 1}]
+    assert sample.Partial(Path("p.partial.jsonl"), {"seed": 2}).done == []
+
+
+def test_attention_maps_are_what_the_model_computes(trained):
+    """Rows of the softmax: with the share that goes to the caption itself they sum to one."""
+    model, tokenizer = checkpoint.build(checkpoint.load("out/tiny/ckpt.pt"), "ckpt.pt")
+    split = Split(trained / "data/tiny", "val")
+    embeddings, ids = torch.tensor(split.embeddings[:2]), [[5, 6, 7], [8]]
+    maps = sample.attention_maps(model, embeddings, ids, tokenizer.bos)
+    assert [len(m) for m in maps] == [3, 1] and all(len(row) == 2 for m in maps for row in m)
+    assert all(0 < sum(row) < 1 for m in maps for row in m)
+    layer = model.transformer.h[-1].attn  # the first token sees the prefix and bos alone
+    seen: list = []
+    hook = layer.c_attn.register_forward_hook(lambda _, args, out: seen.append(out))
+    prefix = model.prefill(embeddings[:1])
+    model.step(torch.tensor([tokenizer.bos]), 0, prefix)
+    hook.remove()
+    q = seen[-1][0, 0].view(3, 2, 16)[0]
+    k = torch.cat((prefix[-1][0][0], seen[-1][0, 0].view(3, 2, 16)[1][:, None]), 1)
+    weights = torch.einsum("hd,htd->ht", q, k).div(4).softmax(-1).mean(0)
+    assert torch.allclose(weights[:2], torch.tensor(maps[0][0]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--split=val", "--method=magic"], "method=magic is none of greedy"),
+        (["--split=val", "--method=beam", "--beams=0"], "beams=0"),
+        (["--split=val", "--method=sample", "--top_p=0"], "top_p=0"),
+        (["--split=val", "--method=sample", "--temperature=-1"], "temperature=-1"),
+        (["--split=val", "--prompt=" + "dog " * 50], "prompt has"),
+        (["--split=nope"], "no split `nope`; it has: train, val"),
+        ([], "give either --split"),
+        (["--image", "x.png"], "x.png"),
+        (["--split=val", "--ckpt=none.pt"], "none.pt not found"),
+        (["--split=val", "--max_len=999"], "max_len=999 exceeds"),
+    ],
+)
+def test_mistakes_are_one_line(trained, args, says):
+    assert says in one_line(start("sample.py", "--ckpt=out/tiny/ckpt.pt", *args))
+
+
+def test_a_dataset_of_another_width_is_refused(trained):
+    from conftest import tiny_dataset
+
+    tiny_dataset(trained / "data/wide", width=20)
+    with pytest.raises(UserError, match="embedding_dim 20, not 16"):
+        sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", data="data/wide"))
