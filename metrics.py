@@ -56,7 +56,7 @@ _RULES = [
     r"[a-z0-9][\w.+-]{0,60}@[\w-]{1,60}(?:\.[\w-]{1,60})*",
     r"[@#][a-z_]\w*|</?[a-z][^\s<>]*>|&(?:amp|lt|gt|quot);",  # names, <unk>, entities
     r"'t(?=is|was)|'n(?:'|\b)|(?<!\w)'(?:em|cause|till?|[2-9]0s|\d\d)(?![\w'])",  # 'tis
-    rf"(?<!')'(?:s|m|d|re|ve|ll)(?!{_L})|n['`]t(?!{_L})|{_L}*(?!n){_L}(?=n['`]t)",  # clitics: do n't
+    rf"(?<!')'(?:s|m|d|re|ve|ll)(?!{_L})|n['`]t(?!{_L})|{_L}*(?!n){_L}(?=n['`]t)",  # do n't
     r"(?:can(?=not)|gon(?=na)|got(?=ta)|wan(?=na)|gim(?=me)|lem(?=me))(?=[a-z]{2,3}\b(?![-']\w))",
     r"ol'|somethin'|c'mon|e'er|ev'ry|li'l|nor'easter|s'mores|[jy]'(?=[^\W\d_]{2})",
     rf"(?!\w+'(?:s|m|d|re|ve|ll)\b)(?:(?-i:[A-HJ-XZn])'{_L}{{2,}}"  # O'Neill
@@ -74,11 +74,10 @@ _RULES = [
 _TOKEN = re.compile("|".join(_RULES), re.IGNORECASE)
 _CHUNK = re.compile(rf"(?:\b(?:{_BEFORE_NUMBER})\.\s+(?=\d))?\S+", re.IGNORECASE)
 _ASCII = str.maketrans("‘’‛–—―", "`'`   ")
-_RENAMED = dict(zip(
-    "[ ] { } £ € ¢ ½ ¼ ¾ &amp; &lt; &gt; &quot;".split(),
-    "-lsb- -rsb- -lcb- -rcb- # $ cents 1/2 1/4 3/4 & < >".split() + [""],
-    strict=True,
-))  # fmt: skip
+_RENAMED = {
+    "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$", "¢": "cents",
+    "½": "1/2", "¼": "1/4", "¾": "3/4", "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "",
+}  # fmt: skip
 
 
 def tokenize(caption: str) -> list[str]:
@@ -230,8 +229,9 @@ class CiderD:
         gram, order, image = gram[first], order[first], image[caption[first]]  # (E,)
 
         if document_frequencies is None:
-            self.grams, df = np.unique(gram, return_counts=True)  # in how many images
-            self.idf, self.images = np.append(np.log(N) - np.log(df), np.log(N)), N
+            self.grams, where, df = np.unique(gram, return_inverse=True, return_counts=True)
+            self.idf, self.images = np.log(N) - np.log(np.append(df, 1)), N  # df in images
+            idf = self.idf[where]
         else:
             other = document_frequencies
             if not isinstance(other, CiderD):
@@ -239,14 +239,14 @@ class CiderD:
             if other.end != self.end:
                 raise ValueError("CIDEr-D: frequencies with and without the end token do not mix")
             self.grams, self.idf, self.images = other.grams, other.idf, other.images
-
-        row, idf = image * 4 + order, self._idf(gram)
+            idf = self._idf(gram)
+        row = image * 4 + order
         squares = [np.bincount(row, (self.tf[:, r] * idf) ** 2, N * 4) for r in range(R)]
         self.norms = np.sqrt(squares).reshape(R, N, 4).transpose(1, 0, 2)  # (N, R, 4)
 
     @staticmethod
     def _lengths(captions: Sequence[Sequence[str]]) -> np.ndarray:
-        return np.array([max(0, len(words) - 1) for words in captions])  # in bigrams, as there
+        return np.array([max(0, len(words) - 1) for words in captions])  # bigrams, as the toolkit
 
     def _idf(self, gram: np.ndarray) -> np.ndarray:
         index, known = _lookup(self.grams, gram)
@@ -267,7 +267,7 @@ class CiderD:
         index, known = _lookup(self.pairs, _pair(gram, images[caption]))
         row, tf, idf, ref_tf = row[known], tf[known], idf[known], self.tf[index[known]]
         dots = [np.bincount(row, np.minimum(tf, t) * t * idf**2, B * 4) for t in ref_tf.T]
-        dots = np.stack(dots).reshape(-1, B, 4).transpose(1, 0, 2)  # (B, R, 4)
+        dots = np.array(dots, float).reshape(len(dots), B, 4).transpose(1, 0, 2)  # (B, R, 4)
         scale = norm * self.norms[images]
         cosine = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
         delta = self._lengths(words)[:, None] - self.lengths[images]  # (B, R)

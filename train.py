@@ -175,10 +175,10 @@ class Evaluation:
         for batch in ahead(self.split.pack(rows) for rows in parts[place.rank :: place.world]):
             batch = place.put(batch)
             targets += len(batch["targets"])
+            other = batch | {"embeddings": batch["embeddings"].roll(1, 0)}  # of the image before
             with place.autocast():
                 nll += loss_sum(self.model, batch).item()
-                batch["embeddings"] = batch["embeddings"].roll(1, 0)  # of the image before
-                shuffled += loss_sum(self.model, batch).item()
+                shuffled += loss_sum(self.model, other).item()
         mine, captions = self.images[place.rank :: place.world], []
         for i in range(0, len(mine), size):
             embeddings = self.split.embedding(mine[i : i + size]).to(place.device)
@@ -435,6 +435,7 @@ def main(cfg: Config) -> dict:
             part = place.put(part)
             if cfg.embedding_noise:
                 x = part["embeddings"].float()
+                x = F.normalize(x, dim=-1) if size.normalize else x  # the noise's scale is known
                 part["embeddings"] = x + cfg.embedding_noise * torch.randn_like(x)
             silent = place.world > 1 and i < len(parts) - 1  # ranks exchange gradients once a step
             with wrapped.no_sync() if silent else contextlib.nullcontext():
