@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -24,11 +25,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import gallery
 import metrics
 import shapes
 from configurator import UserError, configure, one_of, run, within
 from data import Split, write_text
 from decode import Decoding, generate
+from track import Tracker
 from train import Place
 
 # ---------------------------------------------------------------------------------------------
@@ -66,12 +69,14 @@ class SampleConfig:
     batch_size: int = 64  # images decoded at a time
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
-    java: bool = False  # score with the COCO toolkit's Java tokenizer and METEOR
+    java: bool = False  # score with the COCO toolkit's Java tokenizer too, not only its METEOR
+    track: str = "none"  # add the gallery to the tracked run of the checkpoint: none mlflow
 
     def __post_init__(self):
         within(self, "batch_size", 1, 10**6)
         within(self, "max_len", 0, 10**6)
         one_of(self, "dtype", "auto bfloat16 float16 float32")
+        one_of(self, "track", "none mlflow")
         if bool(self.split) == bool(self.image):
             raise UserError("give either --split=<name> or --image <files and folders>")
 
@@ -164,7 +169,7 @@ class Partial:
 # From captions to files
 
 
-def as_prediction(item: dict, found: list, tokenizer, maps) -> dict:
+def as_prediction(item: dict, found: list, tokenizer, maps, grid: int) -> dict:
     """An entry of predictions.json: COCO's two keys, and what the gallery shows."""
     texts, best = [tokenizer.decode(c.ids) for c in found], found[0]
     row = {"image_id": item["image_id"], "caption": texts[0]}
@@ -178,6 +183,7 @@ def as_prediction(item: dict, found: list, tokenizer, maps) -> dict:
         row["facts"] = {"stated": sorted(shapes.stated(texts[0])), "true": item["true_facts"]}
     if maps is not None:
         row["attention"] = [[round(w, 4) for w in token] for token in maps]
+        row["grid"] = grid
     return row
 
 
@@ -241,6 +247,7 @@ def main(cfg: SampleConfig) -> dict:
     model, tokenizer = checkpoint.build(content, cfg.ckpt)
     place, meta = Place(cfg.device, cfg.dtype), content["meta"]
     model.to(place.device)
+    side = 0 if meta["features"] == "pooled" else math.isqrt(meta["n_positions"])
     decoding = cfg.decoding(model.cfg.block_size - model.cfg.prefix_length)
     if cfg.split:
         items, split = split_items(cfg, meta)
@@ -279,7 +286,10 @@ def main(cfg: SampleConfig) -> dict:
         maps = [None] * len(batch)
         if cfg.attention:
             maps = attention_maps(model, embeddings, [f[0].ids for f in found], tokenizer.bos)
-        new = [as_prediction(*x[:2], tokenizer, x[2]) for x in zip(batch, found, maps, strict=True)]
+        new = [
+            as_prediction(item, captions, tokenizer, seen, side)
+            for item, captions, seen in zip(batch, found, maps, strict=True)
+        ]
         if partial:
             partial.add(new)
         else:
@@ -308,11 +318,12 @@ def main(cfg: SampleConfig) -> dict:
         write_text(cfg.out_csv, as_csv(predictions))
         print(f"wrote {cfg.out_csv}")
     if cfg.gallery:
-        import gallery
-
         page = (out or Path("predictions.json")).with_name("gallery.html")
-        gallery.write(predictions, page, title=f"{meta['dataset']} {cfg.split}".strip())
-        print(f"wrote {page}")
+        missing = gallery.write(predictions, page, title=f"{meta['dataset']} {cfg.split}".strip())
+        print(f"wrote {page}" + (f", {len(missing)} images not found" if missing else ""))
+        tracker = Tracker(cfg.track, {}, Path(cfg.ckpt).parent, "", resume=True)
+        tracker.artifact(page)
+        tracker.close()
     print(f"{len(predictions)} images, {rate:.1f} captions/s, {cfg.method} on {place.device}")
     if scores:
         print(json.dumps({"split": cfg.split, "images": len(predictions), **scores}))

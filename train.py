@@ -30,6 +30,7 @@ from configurator import Config, UserError, configure, run, to_dict
 from data import Order, Split, ahead, batches, write_text
 from decode import Decoding, generate
 from model import ClipLM, ModelConfig
+from track import Tracker
 
 PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --resume
 
@@ -207,7 +208,7 @@ class Evaluation:
 
 
 class Log:
-    """The progress bar and log.jsonl; silent on every rank but the first."""
+    """The progress bar, log.jsonl and the tracker; silent on every rank but the first."""
 
     def __init__(self, cfg: Config, place: Place, model: ClipLM, step: int):
         self.master, self.model, self.place = place.rank == 0, model, place
@@ -219,6 +220,8 @@ class Log:
             path = cfg.run_dir / "log.jsonl"
             write_text(path, "".join(kept_lines(path, step)))
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open until the end
+        kind = cfg.track if self.master else "none"
+        self.track = Tracker(kind, to_dict(cfg), cfg.run_dir, cfg.run_dir.name, resume=step > 0)
         self.begin()
 
     def begin(self) -> None:
@@ -266,6 +269,7 @@ class Log:
         if self.master:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+            self.track.log(row)
 
     def say(self, text: str) -> None:
         if self.master:
@@ -475,10 +479,13 @@ def main(cfg: Config) -> dict:
         elif stopping:
             save(stopping)
         if stopping and step < cfg.max_iters:
+            log.track.close("KILLED")
             log.say(f"stopped by a signal after step {step}: run again with --resume")
             sys.exit(PREEMPTED)
     log.bar.close()
     if log.master:
+        log.track.artifact(best)
+        log.track.close()
         print(f"best CIDEr {highest:.4f} in {best}")
     if place.world > 1:
         dist.destroy_process_group()

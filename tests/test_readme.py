@@ -1,0 +1,59 @@
+"""The README's commands, run as written, small, in a copy of the repository."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = {  # added to the commands, so that they end in seconds
+    "prepare.py": ["--shapes_train=64", "--shapes_eval=16"],
+    "train.py": ["--max_iters=20", "--eval_interval=20", "--eval_images=8", "--device=cpu"],
+    "sample.py": ["--device=cpu"],
+}
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"<!-- tested -->\n```sh\n(.*?)```", README, re.S)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_the_commands_run_as_written(tmp_path):
+    pytest.importorskip("transformers", reason="images need requirements-clip.txt")
+    pytest.importorskip("matplotlib", reason="plot.py needs requirements-plot.txt")
+    for path in (*ROOT.glob("*.py"), ROOT / "config", ROOT / "assets"):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / path.name)
+    assert len(commands()) >= 5
+    outputs = {}
+    for python, script, *rest in commands():
+        assert python == "python"
+        command = [sys.executable, script, *rest, *SMALL.get(script, [])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        outputs[script, *rest[:1]] = done.stdout
+    scores = json.loads((tmp_path / "out/shapes/test/predictions.json").read_text())
+    assert len(scores) == 16
+    assert any("00000.png: " in text for text in outputs.values())
+    assert (tmp_path / "out/shapes/curves.png").stat().st_size > 1000
+
+
+def test_every_script_and_setting_it_names_exists():
+    for name in set(re.findall(r"\b(\w+\.py)\b", README)):
+        assert (
+            (ROOT / name).is_file()
+            or (ROOT / "tests" / name).is_file()
+            or list(ROOT.glob(f"config/{name}"))
+        ), name
+    from configurator import Config, kinds_of
+    from sample import SampleConfig
+
+    known = {*kinds_of(Config), *kinds_of(SampleConfig), "nproc_per_node", "nnodes", "rdzv_backend",
+             "rdzv_endpoint", "max_restarts", "out"}  # fmt: skip
+    assert not set(re.findall(r"--(\w+)", README)) - known

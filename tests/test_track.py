@@ -1,0 +1,96 @@
+"""Tracking: what was sent is read back through MLflow; a tracker that fails stops nothing."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from configurator import UserError
+from track import Tracker
+
+needs_mlflow = pytest.mark.skipif(
+    importlib.util.find_spec("mlflow") is None,
+    reason="needs pip install -r requirements-mlflow.txt",
+)
+
+
+def test_none_does_nothing_and_imports_nothing(tmp_path):
+    before = set(sys.modules)
+    tracker = Tracker("none", {"seed": 1}, tmp_path, "run")
+    tracker.log({"step": 1, "loss": 2.0, "samples": ["a dog"]})
+    tracker.artifact("no such file")
+    tracker.close()
+    assert list(tmp_path.iterdir()) == [] and set(sys.modules) == before
+
+
+def test_without_mlflow_the_error_names_the_requirements(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match="pip install -r requirements-mlflow.txt"):
+        Tracker("mlflow", {}, tmp_path, "run")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An MLflow database in an empty folder, as the default is where training runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@needs_mlflow
+def test_a_run_is_read_back_and_a_server_that_is_away_stops_nothing(
+    store, tmp_path, monkeypatch, capsys
+):
+    from mlflow import MlflowClient
+
+    tracker = Tracker("mlflow", {"seed": 1337, "compile": None}, tmp_path / "out", "shapes")
+    tracker.log({"step": 10, "loss": 3.5, "lr": 1e-3})
+    tracker.log({"step": 20, "loss": 2.5, "lr": 2e-3})
+    tracker.log({"step": 20, "CIDEr": 0.5, "samples": ["a dog", "un café"]})
+    (tmp_path / "ckpt.pt").write_bytes(b"weights")
+    tracker.artifact(tmp_path / "ckpt.pt")
+    tracker.close("KILLED")
+
+    resumed = Tracker("mlflow", {"seed": 1338}, tmp_path / "out", "shapes", resume=True)
+    resumed.log({"step": 30, "loss": float("nan")})
+    fine = resumed.client.log_batch
+
+    def away(*args, **named):
+        raise ConnectionError("the server\nis away")
+
+    monkeypatch.setattr(resumed.client, "log_batch", away)
+    resumed.log({"step": 40, "loss": 1.5})
+    resumed.log({"step": 50, "loss": 1.25})
+    monkeypatch.setattr(resumed.client, "log_batch", fine)
+    resumed.close()  # sends what has waited
+    warning = "tracking failed, training goes on: the server is away"
+    assert [line for line in capsys.readouterr().err.splitlines() if "failed" in line] == [warning]
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("nanocaption")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "shapes" and run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "1337", "compile": "None"}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history if m.step != 30] == [
+        (10, 3.5), (20, 2.5), (40, 1.5), (50, 1.25)
+    ]  # fmt: skip
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "CIDEr")] == [0.5]
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"ckpt.pt", "samples"}
+    copy = client.download_artifacts(run.info.run_id, "samples/0000020.txt", str(tmp_path))
+    with open(copy, encoding="utf-8") as file:
+        assert file.read() == "a dog\nun café\n"
+
+
+@needs_mlflow
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nothing://x"])
+def test_a_run_that_cannot_be_started_is_one_line_and_training_goes_on(
+    tmp_path, monkeypatch, capsys, uri
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker("mlflow", {"seed": 1}, tmp_path, "run")
+    tracker.log({"step": 1, "loss": 2.0, "samples": ["a dog"]})
+    tracker.artifact("ckpt.pt")
+    tracker.close()
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith("tracking failed, training goes on: ")
