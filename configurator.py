@@ -8,6 +8,7 @@ them is run. Whatever a user gets wrong ends in one line that says where, and ex
 """
 
 import ast
+import contextlib
 import difflib
 import errno
 import inspect
@@ -58,10 +59,12 @@ class Config:
     embedding_names: str = ""  # text file: the file name of each row's image, one a line
     val_images: int = 0  # moved from train to val when the source has no val split
     vocab_size: int = 8192  # subwords, learned from the training captions
+    tokenizer: str = ""  # your own sentencepiece model, used instead of learning one
     lowercase: bool = False  # lower-case captions before tokenising
     max_bad: float = 0.01  # share of unreadable images above which prepare.py stops
     encode_batch: int = 64  # images encoded at a time
     workers: int = 2  # processes that read images
+    downloads: str = ""  # zip files to fetch: "URL PATH [CHECKSUM]; ...", see download.py
     yes: bool = False  # download without asking
     # -- shapes, the built-in dataset -----------------------------------------------------
     shapes_train: int = 8000  # scenes in train
@@ -195,10 +198,8 @@ def cast(name: str, value, kind):
     if kind is bool:
         value = WORDS.get(text, value)
     elif kind is not str and text is not None:
-        try:
+        with contextlib.suppress(ValueError):  # it stays text, which is refused below
             value = kind(text)
-        except ValueError:
-            pass  # it stays text, which is refused below
     if type(value) is int and value.bit_length() > 63:
         raise ConfigError(f"{name}: expected a number below 2**63")
     if kind is float and type(value) is int:

@@ -92,10 +92,12 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError(f"{where} is not a sentencepiece model") from None
-        ids = self.sp.pad_id(), self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id()
-        self.pad, self.bos, self.eos, self.unk = ids
-        if min(ids) < 0 or len(set(ids)) < 4:
-            raise UserError(f"{where} lacks one of the pad, bos, eos and unk ids: {ids}")
+        self.bos, self.eos, self.unk = self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id()
+        ids = (self.bos, self.eos, self.unk)
+        if min(ids) < 0 or len(set(ids)) < 3:
+            raise UserError(f"{where} lacks one of the bos, eos and unk ids: {ids}")
+        pad = self.sp.pad_id()
+        self.pad = pad if pad >= 0 else self.unk  # never generated, never a target
 
     def __len__(self) -> int:
         return self.sp.get_piece_size()
@@ -120,27 +122,41 @@ def write_split(
     """Writes a split's tokens, offsets and references. Returns its counts for meta.json.
 
     `records` holds, for each image, "id", "file_name", "captions" (texts), and where the source
-    knows them "caption_ids" and "facts".
+    knows them "caption_ids", "facts" and "tokens" (each caption's ids, without bos and eos).
     """
-    flat = [c for r in records for c in r["captions"]]
-    ids = tokenizer.sp.encode([c.lower() if lowercase else c for c in flat])
-    lengths = np.array([1 + len(i) for i in ids], np.int64)
     kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    tokens = np.fromiter((t for i in ids for t in (tokenizer.bos, *i)), kind, lengths.sum())
+    parts, lengths = [], []
+    for i in range(0, len(records), 4096):  # the lists of ids would take more room than the texts
+        some = records[i : i + 4096]
+        if "tokens" in some[0]:
+            ids = [t for r in some for t in r["tokens"]]
+        else:
+            captions = [c for r in some for c in r["captions"]]
+            ids = tokenizer.sp.encode([c.lower() for c in captions] if lowercase else captions)
+        parts.append(np.array([t for i in ids for t in (tokenizer.bos, *i)], kind))
+        lengths.append(np.array([1 + len(i) for i in ids], np.int64))
+    tokens, lengths = np.concatenate(parts), np.concatenate(lengths)
     per_image = np.array([len(r["captions"]) for r in records], np.int64)
     offsets = np.concatenate(([0], per_image.cumsum(), [0], lengths.cumsum()))
     write_array(folder / f"{split}_tokens.npy", tokens)
     write_array(folder / f"{split}_offsets.npy", offsets)
-    images, annotations = [], []
-    for r in records:
-        images.append({k: r[k] for k in ("id", "file_name", "facts") if k in r})
-        for j, c in enumerate(r["captions"]):
-            number = r["caption_ids"][j] if "caption_ids" in r else len(annotations)
-            annotations.append({"id": number, "image_id": r["id"], "caption": c})
-    write_text(folder / f"{split}.json", json.dumps({"images": images, "annotations": annotations}))
+    with replacing(folder / f"{split}.json") as part, open(part, "w", encoding="utf-8") as file:
+        file.write('{"images": [')
+        for i, r in enumerate(records):
+            image = {k: r[k] for k in ("id", "file_name", "facts") if k in r}
+            file.write((", " if i else "") + json.dumps(image))
+        file.write('], "annotations": [')
+        n = 0
+        for r in records:
+            for j, c in enumerate(r["captions"]):
+                number = r["caption_ids"][j] if "caption_ids" in r else n
+                annotation = {"id": number, "image_id": r["id"], "caption": c}
+                file.write((", " if n else "") + json.dumps(annotation))
+                n += 1
+        file.write("]}")
     return {
         "images": len(records),
-        "captions": len(flat),
+        "captions": n,
         "tokens": int(lengths.sum()),
         "longest_caption": int(lengths.max()),
         "unknown_tokens": int((tokens == tokenizer.unk).sum()),

@@ -3,9 +3,11 @@
     captions = generate(model, embeddings, tokenizer, Decoding(method="beam", beams=5))
     captions[i][0].ids                                  # the best caption of image i
 
-The prefix of an image is computed once and shared by its samples or beams; every step feeds one
-token a row; rows that have ended leave the batch, so that work follows the captions still being
-written. What an image gets does not depend on what else is in its batch.
+An image's prefix is computed once and shared by its K samples or beams; a step feeds one token a
+row; what has ended leaves the batch, so that work follows the captions still being written. What
+an image gets does not depend on what else is in its batch.
+
+Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
 
 import math
@@ -22,7 +24,7 @@ from configurator import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How captions are chosen. Lengths are in tokens: a prompt's count, the end token does not."""
+    """How captions are chosen. Lengths are in tokens; a prompt's count, the end token does not."""
 
     method: str = "greedy"  # greedy, sample or beam
     n_best: int = 1  # captions an image: its best beams, or independent samples
@@ -30,7 +32,7 @@ class Decoding:
     length_penalty: float = 0.0  # beam: a hypothesis scores log p / length ** length_penalty
     temperature: float = 1.0  # sample: below 1 sharpens, above 1 flattens
     top_k: int = 0  # sample: only from the k likeliest tokens, 0 = all
-    top_p: float = 1.0  # sample: only from the likeliest that together reach p (Holtzman 2020)
+    top_p: float = 1.0  # sample: only from the likeliest that together reach p
     min_len: int = 1
     max_len: int = 40
     no_repeat_ngram: int = 0  # no n tokens in a row occur twice, 0 = off
@@ -47,68 +49,74 @@ class Decoding:
         need(1 <= self.n_best <= 1000, f"n_best={self.n_best} is not in 1..1000")
         most = {"greedy": 1, "beam": self.beams}.get(self.method, self.n_best)
         need(self.n_best <= most, f"n_best={self.n_best}, but {self.method} finds only {most}")
+        need(abs(self.length_penalty) <= 10, f"length_penalty={self.length_penalty} is beyond 10")
         need(0 < self.temperature < math.inf, f"temperature={self.temperature} is not above 0")
         need(0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]")
         need(self.top_k >= 0, f"top_k={self.top_k} is negative")
         need(self.no_repeat_ngram >= 0, f"no_repeat_ngram={self.no_repeat_ngram} is negative")
-        need(0 <= self.min_len <= self.max_len, f"min_len={self.min_len} is not in 0..max_len")
         need(self.max_len >= 1, f"max_len={self.max_len} is not positive")
+        within = f"min_len={self.min_len} is not in 0..max_len={self.max_len}"
+        need(0 <= self.min_len <= self.max_len, within)
+        need(0 <= self.seed < 2**32, f"seed={self.seed} is not in 0..2**32 - 1")
+        filters = self.temperature, self.top_k, self.top_p
+        idle = self.method != "sample" and filters != (1, 0, 1)
+        need(not idle, f"temperature, top_k and top_p do nothing to {self.method}: method=sample")
 
 
 class Caption(NamedTuple):
-    """A caption's token ids, prompt included, bos and eos not; `logprob` is that of what follows
-    the prompt, the end token included if it was reached, under the model as it is (no temperature,
-    no filter); `logprobs` is each token's share."""
+    """What was found. The probabilities are the model's own, before any temperature or filter."""
 
-    ids: list[int]
-    logprob: float
-    logprobs: list[float]
+    ids: list[int]  # prompt included; bos and eos not
+    logprob: float  # of what follows the prompt, eos included unless max_len came before it
+    logprobs: list[float]  # each token's share of it
 
 
 # ---------------------------------------------------------------------------------------------
 # What may come next
 
 
-def forbid(logits, written, ids, cfg: Decoding):
-    """Logits (N, V) with -inf where a token may not follow `written`, (N, t) ids after bos."""
-    t = written.size(1)
+def forbid(logits, written, ids, cfg: Decoding) -> None:
+    """Puts logits (N, V) to -inf where a token may not follow `written`, (N, t) ids after bos."""
+    t, n = written.size(1), cfg.no_repeat_ngram
     logits[:, [ids.pad, ids.bos, ids.unk]] = -math.inf
-    if t < cfg.min_len:
-        logits[:, ids.eos] = -math.inf
-    n = cfg.no_repeat_ngram
     if n and t >= n:
         grams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
         seen = (grams[..., :-1] == written[:, None, t - n + 1 :]).all(-1)  # same n - 1 before?
         rows, at = seen.nonzero(as_tuple=True)
         logits[rows, grams[rows, at, -1]] = -math.inf
-    return logits
+    if t < cfg.min_len:
+        others = logits.index_fill(1, torch.tensor(ids.eos, device=logits.device), -math.inf)
+        stuck = others.amax(-1, keepdim=True) == -math.inf  # a row that can only end, may
+        logits.copy_(torch.where(stuck, logits, others))
 
 
 def draw(logits, uniform, cfg: Decoding):
-    """One token id (N,) a row, by its uniform number (N,) in [0, 1): the inverse of the CDF.
+    """A token id (N,) for each row of logits, by inverting its distribution at uniform (N,).
 
-    Temperature comes first, then the filters, then the draw.
+    Temperature first, then the filters top-k (Fan et al. 2018, arXiv:1805.04833) and top-p
+    (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
     """
-    p, order = torch.softmax(logits.float() / cfg.temperature, -1).sort(-1, descending=True)
-    if cfg.top_k:
-        p[:, cfg.top_k :] = 0
-    if cfg.top_p < 1:  # the token that crosses top_p stays
-        before = p.cumsum(-1) - p
+    p, order = torch.softmax(logits / cfg.temperature, -1), None
+    if cfg.top_k or cfg.top_p < 1:
+        p, order = p.topk(min(cfg.top_k or p.size(1), p.size(1)))  # likeliest first
+        before = p.cumsum(-1) - p  # the token that crosses top_p stays
         p[before >= cfg.top_p * p.sum(-1, keepdim=True)] = 0
     cdf = p.double().cumsum(-1)
-    place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    last = (p > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the last that may be
-    return order.gather(-1, torch.minimum(place, last))[:, 0]
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    return (token if order is None else order.gather(-1, token))[:, 0]
 
 
-def start(model, prefix, rows: int, ids, prompt: list[int], device):
-    """Feeds bos and the prompt: logits (rows, V) of what follows, the cache, and the ids so far."""
-    written = torch.tensor(prompt, dtype=torch.long, device=device).expand(rows, -1)  # (rows, t)
-    cache = None
+# ---------------------------------------------------------------------------------------------
+# What all strategies share
+
+
+def start(model, embeddings, ids, prompt: list[int]):
+    """Feeds prefix, bos and prompt. Returns the prefix, and logits (B, V) and cache after it."""
+    prefix, cache = model.prefill(embeddings), None
     for position, token in enumerate([ids.bos, *prompt]):
-        tokens = torch.full((rows,), token, dtype=torch.long, device=device)
+        tokens = torch.full((len(embeddings),), token, device=embeddings.device)
         logits, cache = model.step(tokens, position, prefix, cache)
-    return logits, cache, written
+    return prefix, logits, cache
 
 
 def take(pairs, rows):
@@ -116,54 +124,59 @@ def take(pairs, rows):
     return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
 
 
+def as_captions(written, shares, ids, prompt: list[int]) -> list[Caption]:
+    """From rows of L ids, filled up with eos, and the log p of each id."""
+    captions = []
+    for row, logprobs in zip(written.tolist(), shares.tolist(), strict=True):
+        length = row.index(ids.eos) if ids.eos in row else len(row)
+        logprobs = logprobs[len(prompt) : length + 1]
+        captions.append(Caption(row[:length], math.fsum(logprobs), logprobs))
+    return captions
+
+
 # ---------------------------------------------------------------------------------------------
 # One token after the other: greedy and sampling
 
 
 def follow(model, embeddings, ids, cfg: Decoding, prompt: list[int], numbers) -> list:
-    device, n = embeddings.device, cfg.n_best
-    prefix = model.prefill(embeddings)
-    logits, cache, written = start(model, prefix, len(embeddings), ids, prompt, device)
-    row = torch.arange(len(embeddings), device=device).repeat_interleave(n)  # N = B * n
-    prefix, cache, written, logits = take(prefix, row), take(cache, row), written[row], logits[row]
-    if cfg.method == "sample":  # an image's draws depend on the seed and its number alone
+    """The greedy caption, or `n_best` independent samples, of each image."""
+    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
+    N = B * n  # results; what goes to one more, row N, is to be ignored
+    written = torch.full((N + 1, L), ids.eos, device=device)
+    written[:, : len(prompt)] = torch.tensor(prompt, device=device)
+    shares = torch.zeros(N + 1, L, device=device)  # log p of each token
+    if cfg.method == "sample":  # an image's draws depend on the seed and on its number alone
         generators = [torch.Generator().manual_seed(cfg.seed * 1_000_003 + i) for i in numbers]
-        draws = [torch.rand(n, cfg.max_len, generator=g) for g in generators]
-        uniform = torch.cat(draws).to(device, torch.float64)
-    alive = torch.arange(len(row), device=device)  # which of the N rows are still in the batch
-    result = torch.full((len(row), cfg.max_len), ids.pad, device=device)
-    result[:, : len(prompt)] = written
-    scores = torch.zeros(len(row), cfg.max_len, device=device)  # log p of each token
-    for t in range(len(prompt), cfg.max_len):
-        logp = torch.log_softmax(logits.float(), -1)
-        allowed = forbid(logits, written, ids, cfg)
-        if cfg.method == "sample":
-            token = draw(allowed, uniform[alive, t], cfg)
-        else:
-            token = allowed.argmax(-1)
-        scores[alive, t] = logp.gather(-1, token[:, None])[:, 0]
-        result[alive, t] = token
-        written = torch.cat((written, token[:, None]), 1)
-        on = (token != ids.eos).nonzero()[:, 0]
-        if len(on) < len(token):
-            if not len(on):
-                break
-            alive, token, written = alive[on], token[on], written[on]
-            prefix, cache = take(prefix, on), take(cache, on)
-        if t + 1 < cfg.max_len:
-            logits, cache = model.step(token, t + 1, prefix, cache)
-    found = [
-        as_caption(r, s, ids, len(prompt))
-        for r, s in zip(result.tolist(), scores.tolist(), strict=True)
-    ]
-    return [found[i : i + n] for i in range(0, len(found), n)]
+        draws = [torch.rand(n, L, generator=g) for g in generators]
+        uniform = torch.cat([*draws, torch.zeros(1, L)]).to(device, torch.float64)  # (N + 1, L)
 
+    prefix, logits, cache = start(model, embeddings, ids, prompt)
+    slot = torch.arange(N, device=device).view(B, n)  # (G, K): the result that each row writes
+    rows = slot.flatten() // n
+    logits, cache = logits[rows], take(cache, rows)
+    for t in range(len(prompt), L):
+        at, logits = slot.flatten(), logits.float()  # (G * K,), (G * K, V)
+        norm = logits.logsumexp(-1)
+        forbid(logits, written[at, :t], ids, cfg)
+        token = draw(logits, uniform[at, t], cfg) if cfg.method == "sample" else logits.argmax(-1)
+        written[at, t] = token
+        shares[at, t] = logits.gather(1, token[:, None])[:, 0] - norm
 
-def as_caption(row: list[int], scores: list[float], ids, prompt: int) -> Caption:
-    """A row of ids, up to eos or padding, with the scores of what follows the prompt."""
-    length = next((i for i, token in enumerate(row) if token in (ids.eos, ids.pad)), len(row))
-    scores = scores[prompt : length + (length < len(row) and row[length] == ids.eos)]
-    return Caption(row[:length], sum(scores), scores)
+        # -- who goes on: images with a caption unfinished, as many rows each as the busiest needs
+        slot = slot.masked_fill(token.view_as(slot) == ids.eos, N)
+        on = slot < N
+        (G, K), width, images = slot.shape, on.sum(1).amax().item(), on.any(1).nonzero()[:, 0]
+        if width == 0 or t + 1 == L:
+            break
+        if len(images) < G or width < K:
+            order = slot[images].argsort(1)[:, :width]  # the finished are last, as N is
+            slot = slot[images].gather(1, order)
+            rows = (images[:, None] * K + order).flatten()
+            token, cache = token[rows], take(cache, rows)
+            prefix = take(prefix, images) if len(images) < G else prefix
+        logits, cache = model.step(token, t + 1, prefix, cache)
+    captions = as_captions(written[:N], shares[:N], ids, prompt)
+    return [captions[i : i + n] for i in range(0, N, n)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,75 +186,58 @@ def as_caption(row: list[int], scores: list[float], ids, prompt: int) -> Caption
 def beam_search(model, embeddings, ids, cfg: Decoding, prompt: list[int]) -> list:
     """The `n_best` hypotheses of each image, best first.
 
-    At every step each image's K beams are extended by every token, and the 2K likeliest
-    extensions looked at: of the first K, those that end become results; of all, the K best that
-    go on become the new beams. 2K, since at most K of them end. An image is done when no beam
-    can still enter its n_best results: log p only falls as a caption grows.
+    Each image has K beams, captions begun. A step extends each of them by every token and ranks
+    the K * V extensions by log p. Of the first K, those that end are finished; the first K of
+    those that go on are the next beams, and 2K are looked at, since no more than K can end. An
+    image is done when none of its beams can still be among its n_best: log p only falls as a
+    caption grows, so a beam's score is at most what it would be at the longest length.
     """
-    device, K, B = embeddings.device, cfg.beams, len(embeddings)
-    prefix = model.prefill(embeddings)
-    logits, cache, written = start(model, prefix, B, ids, prompt, device)
-    V = logits.size(-1)
-    total = torch.zeros(B, 1, device=device)  # (G, K) log p of each beam; at first one an image
-    shares = torch.zeros(B, len(prompt), device=device)  # (G * K, t) the same, token by token
-    alive = torch.arange(B, device=device)  # the G images still in the batch
-    best = torch.full((B, cfg.n_best), -math.inf, device=device)  # results: scores,
-    best_ids = torch.full((B, cfg.n_best, cfg.max_len), ids.pad, device=device)  # ids with eos,
-    best_shares = torch.zeros(B, cfg.n_best, cfg.max_len, device=device)  # log p of each id
-    penalty = cfg.length_penalty
+    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
+    best = torch.full((B, n), -math.inf, device=device)  # scores of the finished, best first,
+    best_written = torch.full((B, n, L), ids.eos, device=device)  # their ids,
+    best_shares = torch.zeros(B, n, L, device=device)  # and log p of each id
 
-    def keep(score, rows, shares) -> None:
-        """Merges new results (G, k), of `rows` and `shares` (G, k, t), into the best ones."""
-        pad = (0, cfg.max_len - rows.size(-1))
-        rows, shares = (torch.nn.functional.pad(x, pad, value=v) for x, v in
-                        ((rows, ids.pad), (shares, 0.0)))  # fmt: skip
-        score, at = torch.cat((best[alive], score), 1).topk(cfg.n_best, 1)
-        best[alive] = score
-        for old, new in ((best_ids, rows), (best_shares, shares)):
-            both = torch.cat((old[alive], new), 1)
-            old[alive] = both.gather(1, at[..., None].expand(-1, -1, both.size(-1)))
+    prefix, logits, cache = start(model, embeddings, ids, prompt)
+    alive = torch.arange(B, device=device)  # (G,) the images that are not done
+    total = torch.zeros(B, 1, device=device)  # (G, K) log p of each beam; K is 1 at first
+    written = torch.full((B, 1, L), ids.eos, device=device)  # (G, K, L)
+    written[..., : len(prompt)] = torch.tensor(prompt, device=device)
+    shares = torch.zeros(B, 1, L, device=device)  # (G, K, L)
+    for t in range(len(prompt), L):
+        # -- extend every beam by every token
+        (G, K), V = total.shape, logits.size(-1)
+        logp = torch.log_softmax(logits.float(), -1)  # (G * K, V)
+        forbid(logp, written.flatten(0, 1)[:, :t], ids, cfg)
+        logp = logp.view(G, K * V)
+        ranked = logp + total.repeat_interleave(V, 1)
+        total, flat = ranked.topk(min(2 * cfg.beams, K * V))  # (G, 2K)
+        parent, token = flat // V, flat % V
+        written, shares = (x.take_along_dim(parent[..., None], 1) for x in (written, shares))
+        written[..., t], shares[..., t] = token, logp.gather(1, flat)
 
-    for t in range(len(prompt), cfg.max_len):
-        G, width = total.shape
-        logp = torch.log_softmax(logits.float(), -1)  # (G * width, V)
-        allowed = forbid(logp, written, ids, cfg)
-        ranked = (total[..., None] + allowed.view(G, width, V)).flatten(1)
-        total, flat = ranked.topk(min(2 * K, ranked.size(1)), 1)  # (G, 2K)
-        parent = flat // V + torch.arange(G, device=device)[:, None] * width  # rows of the batch
-        token = flat % V
-        rows = torch.cat((written[parent], token[..., None]), -1)  # (G, 2K, t + 1)
-        share = allowed.flatten()[parent * V + token]  # log p of the newest token
-        told = torch.cat((shares[parent], share[..., None]), -1)
-        length = (t + 1 - len(prompt)) ** penalty  # tokens after the prompt, eos included
+        # -- keep the best of those finished: by their end, or cut off at max_len
+        over = (token == ids.eos) | (t + 1 == L)
+        length, longest = t + 1 - len(prompt), L - len(prompt)  # eos counts here
+        score = (total / length**cfg.length_penalty).masked_fill(~over, -math.inf)
+        best[alive], at = torch.cat((best[alive], score[:, : cfg.beams]), 1).topk(n)
+        for kept, new in ((best_written, written), (best_shares, shares)):
+            both = torch.cat((kept[alive], new[:, : cfg.beams]), 1)
+            kept[alive] = both.take_along_dim(at[..., None], 1)
 
-        ends = token == ids.eos
-        score = (total / length).masked_fill(~ends, -math.inf)[:, :K]
-        keep(score, rows[:, :K], told[:, :K])
-        total, at = total.masked_fill(ends, -math.inf).topk(K, 1)  # (G, K), best first
-        if t + 1 == cfg.max_len:  # cut off where they are
-            pick = at[..., None].expand(-1, -1, t + 1)
-            keep(total / length, rows.gather(1, pick), told.gather(1, pick))
-            break
-        longest = max(length, (cfg.max_len - len(prompt)) ** penalty)
-        on = (total[:, 0] / longest > best[alive, -1]).nonzero()[:, 0]  # may a beam still enter?
+        # -- go on with the best of the others, in the images that are not done
+        total, at = total.masked_fill(over, -math.inf).topk(min(cfg.beams, total.size(1)))
+        bound = total[:, 0] / max(length**cfg.length_penalty, longest**cfg.length_penalty)
+        on = (bound > best[alive, -1]).nonzero()[:, 0]
         if not len(on):
             break
-        if len(on) < G:
-            alive, total, at = alive[on], total[on], at[on]
-            rows, told, parent, token = rows[on], told[on], parent[on], token[on]
-            prefix = take(prefix, on)
-        pick = at[..., None].expand(-1, -1, t + 1)
-        written, shares = rows.gather(1, pick).flatten(0, 1), told.gather(1, pick).flatten(0, 1)
-        cache = take(cache, parent.gather(1, at).flatten())
-        logits, cache = model.step(written[:, -1], t + 1, prefix, cache)
-    return [
-        [
-            as_caption(r, s, ids, len(prompt))
-            for r, s, p in zip(*image, strict=True)
-            if p > -math.inf
-        ]
-        for image in zip(best_ids.tolist(), best_shares.tolist(), best.tolist(), strict=True)
-    ]
+        alive, total, at = alive[on], total[on], at[on]
+        written, shares = (x[on].take_along_dim(at[..., None], 1) for x in (written, shares))
+        rows = on[:, None] * K + parent[on].gather(1, at)  # of the batch that was, (G, K)
+        cache, prefix = take(cache, rows.flatten()), take(prefix, on) if len(on) < G else prefix
+        logits, cache = model.step(written[..., t].flatten(), t + 1, prefix, cache)
+    captions = as_captions(best_written.flatten(0, 1), best_shares.flatten(0, 1), ids, prompt)
+    found = (best > -math.inf).sum(1).tolist()  # a small vocabulary may have less than n
+    return [captions[i * n : i * n + k] for i, k in enumerate(found)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,14 +247,14 @@ def beam_search(model, embeddings, ids, cfg: Decoding, prompt: list[int]) -> lis
 def generate(
     model, embeddings, tokenizer, cfg: Decoding, prompt: str = "", numbers=None
 ) -> list[list[Caption]]:
-    """The captions of each image: a list of `n_best` for each row of `embeddings`.
+    """The captions of each image: up to `n_best` for each row of `embeddings`, the best first.
 
     Args:
         model: anything with `prefill` and `step` as ClipLM has them, in eval mode.
         embeddings: (B, n_positions, D).
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
-        numbers: a number for each image, on which its random draws depend; by default its place.
+        numbers: a number for each image, on which its draws depend; by default its place.
 
     Raises UserError where prompt or lengths do not fit the model's block.
     """
@@ -274,4 +270,5 @@ def generate(
         )
     if cfg.method == "beam":
         return beam_search(model, embeddings, tokenizer, cfg, ids)
-    return follow(model, embeddings, tokenizer, cfg, ids, numbers or range(len(embeddings)))
+    numbers = range(len(embeddings)) if numbers is None else numbers
+    return follow(model, embeddings, tokenizer, cfg, ids, numbers)

@@ -1,150 +1,302 @@
 """Makes a dataset directory from images (or embeddings) and captions.
 
     python prepare.py config/shapes.py
+    python prepare.py config/coco.py                       # downloads what is missing, after asking
     python prepare.py config/flickr8k.py --captions=dataset_flickr8k.json --images=Images
     python prepare.py config/flickr8k.py --captions=dataset_flickr8k.json \\
         --embeddings=embeddings.npy --embedding_names=filenames.txt
+    python prepare.py --dataset=mine --source=csv --captions=captions_{split}.csv --images=photos
+    torchrun --nproc_per_node=8 prepare.py config/coco.py  # several machines need a shared data/
 
-Reads the source, checks it, encodes each image once, trains the tokenizer on the training
-captions, and writes `data/<dataset>/`, meta.json last.
+Checks the whole source, encodes each image once, trains the tokenizer on the training captions,
+and writes `data/<dataset>/`, meta.json last; an earlier dataset there stays whole until then.
+Interrupted, the same command goes on from where it was, to the same bytes. Images that cannot be
+read are listed in `data/<dataset>/skipped.csv`; above `max_bad` of them it stops.
 """
 
+import contextlib
+import csv
+import datetime
+import functools
+import hashlib
 import io
+import json
+import os
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-import shapes
+import download
+import sources
 from configurator import Config, UserError, configure, run
-from data import Tokenizer, read_json, replacing, write_meta, write_split
+from data import Tokenizer, read_json, replacing, write_meta, write_split, write_text
+
+SYNC = 5.0  # seconds between the moments at which progress is made safe on disk
 
 # ---------------------------------------------------------------------------------------------
-# Sources: each returns {split: [{"id", "file_name", "captions", ...}, ...]}
+# Several processes
 
 
-def karpathy(cfg: Config) -> dict[str, list[dict]]:
-    """Karpathy's JSON of COCO, Flickr8k or Flickr30k; `restval` joins train."""
-    content = read_json(cfg.captions)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(f'{cfg.captions}: not in Karpathy\'s format, it has no list "images"')
-    splits: dict[str, list[dict]] = {}
-    for i, image in enumerate(content["images"]):
-        try:
-            split = {"restval": "train"}.get(image["split"], image["split"])
-            name = "/".join(p for p in (image.get("filepath"), image["filename"]) if p)
-            sentences = image["sentences"]
-            record = {
-                "id": image.get("cocoid", image.get("imgid", i)),
-                "file_name": name,
-                "captions": [s["raw"].strip() for s in sentences],
-                "caption_ids": [s["sentid"] for s in sentences],
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{cfg.captions}: image {i} lacks {error}") from None
-        splits.setdefault(split, []).append(record)
-    return splits
+class Ranks:
+    """This process's rank among those of torchrun; what one does alone, and where all meet."""
 
+    def __init__(self, place):
+        self.rank, self.world, self.group = place.rank, place.world, None
+        if self.world > 1:  # a download or a slow rank may let the others wait for hours
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
-def scenes(cfg: Config) -> dict[str, list[dict]]:
-    """The built-in scenes, rendered into data/<dataset>/images."""
-    counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
-    splits = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
-    number = 0
-    for records in splits.values():
-        for record in records:
-            record["id"] = number
-            number += 1
-    return splits
+    def first(self, work):
+        """What `work()` returns on rank 0, on every rank; a UserError there ends them all."""
+        told, error = [None, None], None
+        if self.rank == 0:
+            try:
+                told[0] = work()
+            except UserError as problem:
+                error = problem
+                told[1] = str(problem)
+        if self.world > 1:
+            dist.broadcast_object_list(told, 0, self.group)
+        if error:
+            raise error
+        if told[1]:
+            raise SystemExit(1)
+        return told[0]
 
-
-SOURCES = {"shapes": scenes, "karpathy": karpathy}
-
-
-def check(splits: dict[str, list[dict]], cfg: Config) -> None:
-    """Raises UserError, listing at most 20 problems, where the source cannot be used as it is."""
-    where, problems, seen = cfg.captions or cfg.source, [], {}
-    for needed in ("train", "val"):
-        if not splits.get(needed):
-            raise UserError(f"{where}: no images in split `{needed}`")
-    for split, records in splits.items():
-        for r in records:
-            if r["id"] in seen:
-                problems.append(f"image id {r['id']} in {split} occurs in {seen[r['id']]} already")
-            seen[r["id"]] = split
-            if not r["captions"]:
-                problems.append(f"{r['file_name']}: no captions")
-            problems += [
-                f"{r['file_name']}: an empty caption" for c in r["captions"] if not c.strip()
-            ]
-    if problems:
-        more = f" (and {len(problems) - 20} more)" if len(problems) > 20 else ""
-        raise UserError(f"{where}: " + "; ".join(problems[:20]) + more)
+    def meet(self) -> None:
+        if self.world > 1:
+            dist.barrier(self.group)
 
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings
+# Embeddings: written to data/<dataset>/encoding/<split>.npy, and moved into place by `finish`
+
+
+def start(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> Path:
+    """The folder of unfinished embeddings, a float16 array of each split.
+
+    As an interrupted run left it, if that was `made_by` the same; otherwise new, of zeros.
+    """
+    state, made_by = cfg.data_dir / "encoding", made_by | {"shapes": json.loads(json.dumps(shapes))}
+    if (state / "made_by.json").is_file():
+        same = read_json(state / "made_by.json") == made_by
+        for split in shapes if same else ():
+            final, part = cfg.data_dir / f"{split}_embeddings.npy", state / f"{split}.npy"
+            whole = part.exists() or (cfg.data_dir / "meta.json").exists()
+            if not whole and final.exists():  # `finish` was cut off
+                os.replace(final, part)
+        if same and all((state / f"{split}.npy").exists() for split in shapes):
+            return state
+        print("settings, images or versions differ from the unfinished run's: from the start")
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True)
+    for split, shape in shapes.items():
+        np.lib.format.open_memmap(state / f"{split}.npy", "w+", np.float16, shape).flush()
+    write_text(state / "made_by.json", json.dumps(made_by))
+    return state
 
 
 def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
-    """Deals out the rows of the user's array to the splits, by file name."""
+    """Deals out the rows of the user's array to the splits, by file name. Returns meta's facts."""
     try:
-        array = np.load(cfg.embeddings, mmap_mode="r")
+        array = np.lib.format.open_memmap(cfg.embeddings, "r")
         names = Path(cfg.embedding_names).read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{error.filename}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{cfg.embedding_names}: not UTF-8") from None
     except ValueError as error:
         raise UserError(f"{cfg.embeddings}: not a .npy array: {error}") from None
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{cfg.embeddings}: not a .npy array of numbers")
     names = names[:-1] if names[-1] == "" else names
-    if array.ndim not in (2, 3) or len(array) != len(names):
-        raise UserError(f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has "
-                        f"{len(names)} names: one row, (D,) or (P, D), is needed for each")  # fmt: skip
+    if array.ndim not in (2, 3) or len(array) != len(names) or not array.size:
+        raise UserError(
+            f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has {len(names)} "
+            f"names: one row, (D,) or (P, D), is needed for each"
+        )
     rows = {name.strip(): i for i, name in enumerate(names)}
     if len(rows) != len(names):
         raise UserError(f"{cfg.embedding_names}: {len(names) - len(rows)} names occur twice")
     array = array[:, None] if array.ndim == 2 else array
+    found, problems = {}, sources.Problems()
     for split, records in splits.items():
-        found = [rows.get(r["file_name"], rows.get(Path(r["file_name"]).name)) for r in records]
-        missing = [r["file_name"] for r, i in zip(records, found, strict=True) if i is None]
-        if missing:
-            raise UserError(f"{len(missing)} images of {split} have no row in {cfg.embedding_names}: "
-                            f"{', '.join(missing[:5])}")  # fmt: skip
-        out = array[found].astype(np.float16)
-        if not np.isfinite(out).all():
-            bad = records[int((~np.isfinite(out)).any((1, 2)).argmax())]["file_name"]
-            raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {bad}")
-        with replacing(cfg.data_dir / f"{split}_embeddings.npy") as part, open(part, "wb") as file:
-            np.save(file, out)
-    kind = "pooled" if array.shape[1] == 1 else "grid"
-    return {"encoder": "", "features": kind, "grid": 0, "n_positions": array.shape[1],
-            "embedding_dim": array.shape[2]}  # fmt: skip
+        names = [r["file_name"] for r in records]
+        found[split] = [rows.get(name, rows.get(name.rpartition("/")[2])) for name in names]
+        for name, row in zip(names, found[split], strict=True):
+            if row is None:
+                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
+    problems.stop(cfg.embeddings)
+    state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
+    for split, of in found.items():
+        out = np.load(state / f"{split}.npy", mmap_mode="r+")
+        for i in range(0, len(of), 4096):  # the array may exceed memory
+            with np.errstate(over="ignore"):
+                out[i : i + 4096] = array[of[i : i + 4096]]
+            bad = ~np.isfinite(out[i : i + 4096]).all((1, 2))
+            if bad.any():
+                name = splits[split][i + int(bad.argmax())]["file_name"]
+                raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
+        out.flush()
+    return {"encoder": "", "features": "pooled" if array.shape[1] == 1 else "grid", "grid": 0,
+            "n_positions": array.shape[1], "embedding_dim": array.shape[2]}  # fmt: skip
 
 
-def encode(splits: dict[str, list[dict]], cfg: Config) -> dict:
-    """Encodes the images of each split through CLIP."""
-    from PIL import Image
+# ---------------------------------------------------------------------------------------------
+# Embeddings by CLIP
 
+
+def fingerprint(splits: dict[str, list[dict]], cfg: Config, encoder) -> dict:
+    """All that the embeddings' bytes depend on: model, images, and how they are batched."""
+    import PIL
+    import transformers
+
+    stat = functools.lru_cache(1)(os.stat)  # of a tar, once
+    sha = hashlib.sha256()
+    for split, records in splits.items():
+        for record in records:
+            path, *part = sources.locate(record, split, cfg)
+            sha.update(repr((path, part, stat(path).st_size, stat(path).st_mtime_ns)).encode())
+    return {
+        "images": sha.hexdigest(), "encoder": encoder.digest(), "features": cfg.features,
+        "grid": cfg.grid, "batch": cfg.encode_batch, "device": encoder.device.type,
+        "versions": [torch.__version__, transformers.__version__, PIL.__version__],
+    }  # fmt: skip
+
+
+def progress(state: Path) -> dict[tuple[str, int], dict[int, str]]:
+    """What all runs so far have encoded: (split, batch) -> the reason for each bad row."""
+    done = {}
+    for path in state.glob("rank*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a torn line: its batch is encoded again
+                split, batch, bad = json.loads(line)
+                done[split, batch] = {int(row): reason for row, reason in bad.items()}
+    return done
+
+
+def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> dict:
+    """Encodes the images through CLIP, then drops the records of bad ones. Returns facts for meta.
+
+    A split is cut into batches of `encode_batch`; batch b is rank b % world's. Its bytes depend
+    on its own images alone and have their own place in the file, so neither the ranks nor an
+    interruption can change the result.
+    """
     from encoder import Encoder
-    from train import Place
 
-    encoder = Encoder(cfg.clip, cfg.features, cfg.grid, Place(cfg.device, "float32").kind)
-    folder = Path(cfg.images) if cfg.images else cfg.data_dir / "images"
+    encoder = Encoder(cfg.clip, cfg.features, cfg.grid, place.device)
+    size, shape = cfg.encode_batch, (encoder.n_positions, encoder.embedding_dim)
+    shapes = {split: (len(records), *shape) for split, records in splits.items()}
+    state = ranks.first(lambda: start(cfg, fingerprint(splits, cfg, encoder), shapes))
+    done = progress(state)
+    skipped, total = sum(map(len, done.values())), sum(map(len, splits.values()))
+    jobs = [(split, b) for split, records in splits.items()
+            for b in range(ranks.rank, -(-len(records) // size), ranks.world)
+            if (split, b) not in done]  # fmt: skip
+    files = ([sources.locate(r, split, cfg) for r in splits[split][b * size : (b + 1) * size]]
+             for split, b in jobs)  # fmt: skip
+    synced, lines = time.monotonic(), []
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(state / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8"))
+        log.write("\n")  # ends a torn line
+        outs = {s: stack.enter_context(open(state / f"{s}.npy", "rb+")) for s in splits}
+        begins = {s: np.load(state / f"{s}.npy", mmap_mode="r").offset for s in splits}
+        bar = tqdm(total=sum(min(size, shapes[s][0] - b * size) for s, b in jobs),
+                   desc="encoding", unit="image", disable=ranks.rank > 0)  # fmt: skip
+        stack.enter_context(bar)
+        stream = encoder.stream(files, cfg.workers)
+        for (split, b), (x, bad) in zip(jobs, stream, strict=True):
+            if not torch.isfinite(x).all():
+                raise UserError(f"clip={cfg.clip} overflows half precision")
+            block = np.zeros((min(size, shapes[split][0] - b * size), *shape), np.float16)
+            block[[i for i in range(len(block)) if i not in bad]] = x
+            outs[split].seek(begins[split] + b * size * block[0].nbytes)
+            outs[split].write(block.tobytes())
+            done[split, b] = {b * size + i: reason for i, reason in bad.items()}
+            lines.append(json.dumps([split, b, done[split, b]]) + "\n")
+            bar.update(len(block))
+            skipped += len(bad)
+            if skipped > cfg.max_bad * total:  # no need to wait for the end
+                check_bad(splits, done, cfg)
+            if time.monotonic() - synced >= SYNC or (split, b) == jobs[-1]:
+                for out in outs.values():  # first the rows, then the word that they are there
+                    out.flush()
+                    os.fsync(out.fileno())
+                log.write("".join(lines))
+                log.flush()
+                os.fsync(log.fileno())
+                synced, lines = time.monotonic(), []
+    ranks.meet()
+    if ranks.rank:
+        return {}
+    drop_bad(splits, check_bad(splits, progress(state), cfg), state, cfg)
+    for split, records in splits.items():  # still aligned: the last row is what its file gives
+        ((x, _),) = encoder.stream([[sources.locate(records[-1], split, cfg)]], workers=0)
+        last = torch.tensor(np.load(rows_of(split, state), mmap_mode="r")[-1:])
+        assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
+    return {"encoder": cfg.clip, "encoder_kind": encoder.kind, "features": cfg.features,
+            "grid": cfg.grid, "n_positions": encoder.n_positions,
+            "embedding_dim": encoder.embedding_dim}  # fmt: skip
+
+
+def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[str, dict[int, str]]:
+    """The reason for each bad row of each split, written to skipped.csv too.
+
+    Raises UserError where there are more than `max_bad` allows.
+    """
+    bad = {split: {} for split in splits}
+    for (split, _), reasons in sorted(done.items()):
+        bad[split] |= reasons
+    count, total = sum(map(len, bad.values())), sum(map(len, splits.values()))
+    path = cfg.data_dir / "skipped.csv"
+    if not count:
+        path.unlink(missing_ok=True)
+        return bad
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("split", "id", "file_name", "reason"))
+        for split, reasons in bad.items():
+            for row, reason in reasons.items():
+                record = splits[split][row]
+                cells = (split, record["id"], record["file_name"], reason)
+                # A spreadsheet would run a cell that opens like a formula.
+                writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
+    if count > cfg.max_bad * total:
+        raise UserError(f"{count} of {total} images cannot be read, more than "
+                        f"max_bad={cfg.max_bad}: see {path}")  # fmt: skip
+    return bad
+
+
+def drop_bad(splits: dict, bad: dict[str, dict[int, str]], state: Path, cfg: Config) -> None:
+    """Takes the bad rows out of the records, and, in a copy that `rows_of` finds, of the arrays."""
     for split, records in splits.items():
-        shape = (len(records), encoder.n_positions, encoder.embedding_dim)
-        with replacing(cfg.data_dir / f"{split}_embeddings.npy") as part:
-            out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-            bar = tqdm(total=len(records), desc=f"encoding {split}", unit="image")
-            for i in range(0, len(records), cfg.encode_batch):
-                names = [r["file_name"] for r in records[i : i + cfg.encode_batch]]
-                out[i : i + len(names)] = encoder([Image.open(folder / n) for n in names]).numpy()
-                bar.update(len(names))
-            bar.close()
-            out.flush()
-    return {"encoder": cfg.clip, "features": cfg.features, "grid": cfg.grid,
-            "n_positions": encoder.n_positions, "embedding_dim": encoder.embedding_dim}  # fmt: skip
+        keep = [i for i in range(len(records)) if i not in bad[split]]
+        if not keep:
+            raise UserError(f"none of the images of split `{split}` can be read: "
+                            f"see {cfg.data_dir}/skipped.csv")  # fmt: skip
+        splits[split] = [records[i] for i in keep]
+        rows = np.load(state / f"{split}.npy", mmap_mode="r")
+        if bad[split]:
+            shape = (len(keep), *rows.shape[1:])
+            kept = np.lib.format.open_memmap(state / f"{split}.kept.npy", "w+", rows.dtype, shape)
+            for i in range(0, len(keep), 4096):
+                kept[i : i + 4096] = rows[keep[i : i + 4096]]
+            kept.flush()
+            rows = kept
+        assert len(rows) == len(splits[split])
+
+
+def rows_of(split: str, state: Path) -> Path:
+    """The finished array of a split."""
+    kept = state / f"{split}.kept.npy"
+    return kept if kept.exists() else state / f"{split}.npy"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,29 +326,55 @@ def train_tokenizer(captions: list[str], vocab_size: int) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------
 
 
-def main(cfg: Config) -> None:
+def finish(splits: dict[str, list[dict]], cfg: Config, made: dict) -> None:
+    """Writes all but the embeddings, and puts these in place. Cut off, it can be done again."""
+    state = cfg.data_dir / "encoding"
+    if cfg.tokenizer:
+        tokenizer = Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
+    else:
+        captions = (c for r in splits["train"] for c in r["captions"])
+        captions = (c.lower() for c in captions) if cfg.lowercase else captions
+        tokenizer = train_tokenizer(list(captions), cfg.vocab_size)
     (cfg.data_dir / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
-    cfg.data_dir.mkdir(parents=True, exist_ok=True)
-    splits = SOURCES[cfg.source](cfg)
-    check(splits, cfg)
-    made = own_embeddings(splits, cfg) if cfg.embeddings else encode(splits, cfg)
-    texts = [c.lower() if cfg.lowercase else c for r in splits["train"] for c in r["captions"]]
-    tokenizer = train_tokenizer(texts, cfg.vocab_size)
     with replacing(cfg.data_dir / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
     counts = {
         split: write_split(cfg.data_dir, split, records, tokenizer, cfg.lowercase)
         for split, records in splits.items()
     }
+    for split in splits:
+        os.replace(rows_of(split, state), cfg.data_dir / f"{split}_embeddings.npy")
     write_meta(cfg.data_dir, {
-        "dataset": cfg.dataset, "source": cfg.source, "captions": cfg.captions, "images": cfg.images,
-        **made, "normalize": cfg.normalize, "lowercase": cfg.lowercase,
+        "dataset": cfg.dataset, "source": cfg.source, "captions": cfg.captions,
+        "images": cfg.images, **made, "normalize": cfg.normalize, "lowercase": cfg.lowercase,
         "vocab_size": len(tokenizer), "pad": tokenizer.pad, "bos": tokenizer.bos,
         "eos": tokenizer.eos, "unk": tokenizer.unk, "splits": counts,
     })  # fmt: skip
+    shutil.rmtree(state)
     for split, n in counts.items():
         print(f"{split}: {n['images']} images, {n['captions']} captions, {n['tokens']} tokens")
     print(f"wrote {cfg.data_dir}/")
+
+
+def main(cfg: Config) -> None:
+    from train import Place
+
+    place = Place(cfg.device, "float32")
+    ranks = Ranks(place)
+
+    def read() -> dict[str, list[dict]]:
+        download.fetch(cfg)
+        return sources.read(cfg)
+
+    splits = ranks.first(read)
+    if not cfg.embeddings:
+        made = encode(splits, cfg, place, ranks)
+    elif ranks.rank == 0:
+        made = own_embeddings(splits, cfg)
+    if ranks.rank == 0:
+        finish(splits, cfg, made)
+    if ranks.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

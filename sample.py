@@ -96,7 +96,8 @@ def split_items(cfg: SampleConfig, meta: dict) -> tuple[list[dict], Split]:
     if ours != theirs:
         differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]
         raise UserError(f"{split.folder} does not fit {cfg.ckpt}: it has {'; '.join(differ)}")
-    folder = Path(cfg.images or split.meta["images"] or split.folder / "images")
+    folder = cfg.images or split.meta["images"] or str(split.folder / "images")
+    folder = Path(folder.replace("{split}", cfg.split))
     images, references = split.references()
     items = []
     for image, captions in zip(images, references, strict=True):
@@ -126,8 +127,8 @@ def open_encoder(cfg: SampleConfig, meta: dict, device: str):
             f"makes: use --split"
         )
     encoder = Encoder(cfg.clip or meta["encoder"], meta["features"], meta["grid"], device)
-    have = f"{encoder.n_positions} x {encoder.embedding_dim}"
-    need = f"{meta['n_positions']} x {meta['embedding_dim']}"
+    have = f"{encoder.n_positions} x {encoder.embedding_dim} ({encoder.kind})"
+    need = f"{meta['n_positions']} x {meta['embedding_dim']} ({meta['encoder_kind']})"
     if have != need:
         raise UserError(
             f"{encoder.name} gives {meta['features']} embeddings of {have}, "

@@ -2,6 +2,10 @@
 
 dataset = "flickr8k"
 source = "karpathy"
+captions = "downloads/flickr8k/dataset_flickr8k.json"
+images = "downloads/flickr8k/Flicker8k_Dataset"
+downloads = "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip downloads/flickr8k/dataset_flickr8k.json; https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip downloads/flickr8k/Flicker8k_Dataset f18a1e2920de5bd84dae7cf08ec78978"
+clip = "openai/clip-vit-base-patch32"
 lowercase = True
 vocab_size = 4096
 

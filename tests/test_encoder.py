@@ -1,0 +1,334 @@
+"""Reading image files of every sort, and CLIP's and SigLIP's own answers as the oracle."""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageOps
+
+from configurator import UserError
+from encoder import BadImage, Encoder, find_images, read_image
+
+SIDE, PATCH = 32, 8
+
+
+def tiny_clip(folder, kind="clip", seed=0):
+    """A CLIP or SigLIP of some thousand random parameters, in transformers' format."""
+    torch.manual_seed(seed)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=2, image_size=SIDE, patch_size=PATCH)  # fmt: skip
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=9, max_position_embeddings=8, bos_token_id=1, eos_token_id=2,
+                pad_token_id=0)  # fmt: skip
+    square = {"height": SIDE, "width": SIDE}
+    if kind == "clip":
+        vision, text = vision | {"projection_dim": 24}, text | {"projection_dim": 24}
+        config = transformers.CLIPConfig(projection_dim=24, vision_config=vision, text_config=text)
+        model = transformers.CLIPModel(config)
+        processor = transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size=square
+        )
+    else:
+        config = transformers.SiglipConfig(vision_config=vision, text_config=text)
+        model = transformers.SiglipModel(config)
+        processor = transformers.SiglipImageProcessorPil(size=square)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def picture(width, height, seed=0):
+    """A smooth random RGB image, so that JPEG and resizing change it little."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def tower(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, str(folder), *tiny_clip(folder, request.param)
+
+
+IMAGES = [picture(60, 40), picture(33, 90, 1), picture(32, 32, 2), picture(3, 50, 3)]
+
+
+def test_pooled_is_what_get_image_features_gives(tower):
+    kind, folder, model, processor = tower
+    with torch.no_grad():
+        out = model.get_image_features(**processor(images=IMAGES, return_tensors="pt"))
+    expected = getattr(out, "pooler_output", out)  # (B, D)
+    encoder = Encoder(folder)
+    x = encoder(IMAGES)
+    assert x.dtype == torch.float16
+    assert x.shape == (4, 1, encoder.embedding_dim) == (4, encoder.n_positions, len(expected[0]))
+    assert encoder.kind == kind
+    near = dict(atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(x[:, 0].float(), expected, **near)
+    torch.testing.assert_close(F.normalize(x[:, 0].float()), F.normalize(expected), **near)
+
+
+@pytest.mark.parametrize("grid", [0, 2, 3])
+def test_grid_is_the_last_layers_tokens(tower, grid):
+    kind, folder, model, processor = tower
+    with torch.no_grad():
+        out = model.vision_model(**processor(images=IMAGES, return_tensors="pt"))
+        tokens = out.last_hidden_state
+        if kind == "clip":
+            tokens = model.vision_model.post_layernorm(tokens)
+    first = tokens.shape[1] - (SIDE // PATCH) ** 2  # 1 with a class token
+    patches = tokens[:, first:].unflatten(1, (SIDE // PATCH, SIDE // PATCH))  # (B, 4, 4, D)
+    if grid:
+        edges = [(i * 4 // grid, -(-(i + 1) * 4 // grid)) for i in range(grid)]
+        patches = torch.stack(
+            [patches[:, a:b, c:d].mean((1, 2)) for a, b in edges for c, d in edges], 1
+        )
+    expected = torch.cat((tokens[:, :first], patches.reshape(4, -1, tokens.shape[2])), 1)
+    encoder = Encoder(folder, "grid", grid)
+    x = encoder(IMAGES)
+    assert x.shape == (4, encoder.n_positions, encoder.embedding_dim)
+    torch.testing.assert_close(x.float(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_half_precision_weights_are_computed_in_single(tower, tmp_path):
+    _, folder, model, _ = tower
+    shutil.copytree(folder, tmp_path / "half")
+    copy.deepcopy(model).half().save_pretrained(tmp_path / "half")
+    half, full = Encoder(str(tmp_path / "half")), Encoder(folder)
+    assert half.model.dtype == torch.float32
+    torch.testing.assert_close(half(IMAGES), full(IMAGES), atol=1e-2, rtol=1e-2)
+
+
+def test_workers_give_the_same_bytes_as_none(tower, tmp_path):
+    encoder = Encoder(tower[1])
+    for i, image in enumerate(IMAGES):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    names = [["0", "1"], ["bad"], ["2", "bad", "3"], ["bad", "bad"]]
+    batches = [[(tmp_path / f"{name}.png",) for name in batch] for batch in names]
+    alone, helped = (list(encoder.stream(batches, workers)) for workers in (0, 2))
+    assert [list(bad) for _, bad in helped] == [[], [0], [1], [0, 1]]
+    for (x, bad), (y, worse) in zip(alone, helped, strict=True):
+        assert torch.equal(x, y) and bad == worse
+    assert torch.equal(helped[2][0], encoder(IMAGES[2:]))
+    assert list(encoder.stream([], 2)) == []
+
+
+def test_files_are_encoded_and_the_bad_ones_told(tower, tmp_path):
+    encoder, skipped = Encoder(tower[1]), []
+    IMAGES[0].save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    x, good = encoder.read_and_encode([tmp_path / "b.png", tmp_path / "a.png"], skipped)
+    assert torch.equal(x, encoder(IMAGES[:1])) and good == [1]
+    assert len(skipped) == 1 and skipped[0].startswith(f"{tmp_path}/b.png: no image in a known")
+
+
+def test_a_model_that_cannot_be_used_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        Encoder("./nowhere")
+    tiny_clip(tmp_path / "clip")
+    with pytest.raises(UserError, match="grid=9: .* has only 4 x 4 patches"):
+        Encoder(str(tmp_path / "clip"), "grid", 9)
+
+    weights = tmp_path / "clip" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="could not be loaded"):
+        Encoder(str(tmp_path / "clip"))
+    weights.unlink()
+    with pytest.raises(UserError, match="could not be loaded"):
+        Encoder(str(tmp_path / "clip"))
+
+    from safetensors.torch import load, save_file
+
+    tensors = load(whole)
+    save_file({k: v for k, v in tensors.items() if "visual_projection" not in k}, weights,
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match="lacks weights: visual_projection.weight"):
+        Encoder(str(tmp_path / "clip"))
+
+    (tmp_path / "clip" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="is a bert model; CLIP or SigLIP is needed"):
+        Encoder(str(tmp_path / "clip"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Image files
+
+
+def written(image, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(data: bytes) -> np.ndarray:
+        (tmp_path / "x").write_bytes(data)
+        image = read_image(tmp_path / "x")
+        assert image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+    return read
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(read, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = written(picture(20, 12), exif=exif)
+    assert (read(data) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))).all()
+
+
+def test_a_photo_taken_upright_with_a_turned_camera(read):
+    """Orientation 6: the stored image's left column is the top row that one should see."""
+    stored = Image.new("RGB", (8, 6), "black")
+    stored.paste("red", (0, 0, 2, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen = read(written(stored, exif=exif))
+    assert seen.shape == (8, 6, 3)
+    assert (seen[:2] == (255, 0, 0)).all() and (seen[2:] == 0).all()
+
+
+def test_broken_exif_is_no_orientation(read):
+    data = written(picture(20, 12), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff nonsense")
+    assert read(data).shape == (12, 20, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(read, kind):
+    image = picture(16, 16)
+    seen = read(written(image.convert("CMYK"), kind, **({"quality": 98} if kind == "JPEG" else {})))
+    assert abs(seen - np.asarray(image)).max() <= 12
+
+
+def test_palette_and_bits_and_gray(read):
+    image = picture(16, 16)
+    palette = image.quantize(16)
+    assert (read(written(palette)) == np.asarray(palette.convert("RGB"))).all()
+    assert (read(written(palette, "GIF")) == np.asarray(palette.convert("RGB"))).all()
+    gray = np.asarray(image.convert("L"))
+    assert (read(written(image.convert("L"))) == gray[..., None]).all()
+    bits = image.convert("1")
+    assert (read(written(bits)) == np.asarray(bits.convert("RGB"))).all()
+
+
+def test_transparency_is_white(read):
+    for mode, clear, half in (("RGBA", (9, 9, 9, 0), (0, 0, 0, 128)), ("LA", (9, 0), (0, 128))):
+        image = Image.new(mode, (4, 2), clear)
+        image.paste(half, (2, 0, 4, 2))
+        seen = read(written(image))
+        assert (seen[:, :2] == 255).all() and abs(seen[:, 2:] - 127).max() <= 1
+    palette = Image.new("P", (4, 2), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    palette.paste(1, (2, 0, 4, 2))
+    seen = read(written(palette, transparency=0))
+    assert (seen[:, :2] == 255).all() and (seen[:, 2:] == (200, 100, 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(read, kind):
+    values = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    assert (read(written(Image.fromarray(values), kind)) == (values >> 8)[..., None]).all()
+
+
+def test_animations_show_their_first_frame(read):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = written(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert (read(data) == (255, 0, 0)).all()
+
+
+def test_one_pixel_is_an_image(read, tower):
+    assert read(written(Image.new("RGB", (1, 1), "red"))).tolist() == [[[255, 0, 0]]]
+    encoder = Encoder(tower[1])
+    one, many = (encoder([Image.new("RGB", (n, n), "red")]) for n in (1, SIDE))
+    assert torch.equal(one, many)
+
+
+def png_header(width, height) -> bytes:
+    """A PNG that says it is so large, with next to no data."""
+
+    def chunk(name, data):
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n%%EOF\n"
+BAD = {
+    "empty file": b"",
+    "no image in a known format": b"this is not an image",
+    "no image in a known format ": EPS,  # Pillow would start Ghostscript
+    "broken: image file is truncated": written(picture(200, 200), "JPEG")[:2000],
+    "broken: ": written(picture(200, 200))[:2000],
+    "more than [0-9]+ pixels": png_header(20_000, 20_000),
+    "more than [0-9]+ pixels ": png_header(10_000, 10_000),
+    "1 x 20000 pixels: too narrow": png_header(1, 20_000),
+    r"32-bit pixels \(mode F\)": written(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_files_are_refused_with_the_reason(read, reason):
+    with pytest.raises(BadImage, match=reason.strip()):
+        read(BAD[reason])
+
+
+def test_every_cut_and_every_flipped_byte_is_read_or_refused(read):
+    """Whatever Pillow raises on broken data must end in BadImage."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM"):
+        whole = written(picture(9, 7), kind, **({"exif": exif} if kind == "JPEG" else {}))
+        for _ in range(60):
+            data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            data[rng.integers(len(data))] = rng.integers(256)
+            with contextlib.suppress(BadImage):
+                read(bytes(data))
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(BadImage, match="No such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(BadImage, match="directory"):
+        read_image(tmp_path)
+
+
+def test_an_image_within_a_larger_file(tmp_path):
+    data = written(picture(8, 8))
+    (tmp_path / "x.tar").write_bytes(b"before" + data + b"after")
+    assert read_image(tmp_path / "x.tar", 6, len(data)).size == (8, 8)
+
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
+    assert [p.name for p in found] == ["a.png", "b.JPG", "c.webp", "notes.txt"]
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_images([str(tmp_path / "none")])
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no images in it"):
+        find_images([str(tmp_path / "bare")])
