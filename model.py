@@ -238,10 +238,12 @@ class ClipLM(nn.Module):
         """The prefix's keys and values: for each layer a pair of (B, nh, P, hs)."""
         x = self.transformer.drop(self.prefix(embeddings))
         mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril_()
+        *blocks, last = self.transformer.h
         prefix = []
-        for block in self.transformer.h:
+        for block in blocks:
             x, kv = block(x, mask)
             prefix.append(kv)
+        prefix.append(last.attn.heads(last.ln_1(x))[1:])  # what else it makes of the prefix is unread
         return prefix
 
     def step(self, tokens, position: int, prefix, cache=None):

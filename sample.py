@@ -28,7 +28,7 @@ import checkpoint
 import gallery
 import metrics
 import shapes
-from configurator import UserError, configure, one_of, run, within
+from configurator import ConfigError, UserError, configure, one_of, run, within
 from data import Split, write_text
 from decode import Decoding, generate
 from track import Tracker
@@ -78,7 +78,7 @@ class SampleConfig:
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
         if bool(self.split) == bool(self.image):
-            raise UserError("give either --split=<name> or --image <files and folders>")
+            raise ConfigError("give either --split=<name> or --image <files and folders>")
 
     def decoding(self, room: int) -> Decoding:
         own = {f.name: getattr(self, f.name) for f in fields(Decoding)}

@@ -13,12 +13,12 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 block_size = 64
-dropout = 0.2
+dropout = 0.25
 label_smoothing = 0.1
 embedding_noise = 0.01
 
 batch_size = 64
-max_iters = 1300
+max_iters = 1400
 learning_rate = 1e-3
 min_lr = 1e-5
 warmup_iters = 100

@@ -12,7 +12,7 @@ shapes_train = 8000
 shapes_eval = 500
 clip = "assets/shapes-clip"
 features = "pooled"
-vocab_size = 379
+vocab_size = 512
 
 n_prefix = 4
 mapper = "mlp"

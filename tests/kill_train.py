@@ -1,12 +1,13 @@
-"""Twenty SIGKILLs at random moments of a training run, saves included; then all must be equal.
+"""Twenty SIGKILLs of a training run, half of them during a save; in the end all must be equal.
 
-    python tests/kill_train.py [processes]
+    python tests/kill_train.py                  # one process
+    python tests/kill_train.py --processes=2    # under torchrun
 
-Trains a tiny dataset undisturbed, and again under kills with --resume, for one process or under
-torchrun. Prints how far each run came, and whether weights and losses are bit-equal in the end.
+Trains on a tiny dataset undisturbed, then again under kills, going on with --resume after each.
+Prints when each kill struck and what was lost, and whether the two runs' checkpoints (weights,
+optimizer, average, random states, best score) and logged losses are bit-equal.
 """
 
-import json
 import os
 import random
 import signal
@@ -14,46 +15,106 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import torch  # noqa: E402
 from conftest import tiny_dataset  # noqa: E402
-from test_train import flags, losses, start, weights  # noqa: E402
+from test_train import finish, flags, losses, start  # noqa: E402
+
+from configurator import configure, run  # noqa: E402
+
+MOMENTS = ("a step", "a save", "a step", "a save", "the start")
 
 
-def main(processes: int, kills: int = 20) -> None:
+@dataclass(frozen=True)
+class KillConfig:
+    processes: int = 0  # 0: without torchrun
+    kills: int = 20
+    steps: int = 400  # of the whole run
+    seed: int = 0  # of the moments
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants: torchrun puts its workers into sessions of their own."""
+    table = subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True)
+    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
+    members = [pid]
+    for member in members:  # it grows meanwhile
+        members += [child for child, parent in pairs if parent == member]
+    return members
+
+
+def wait_for(moment: str, process: subprocess.Popen, steps: int, chance: random.Random) -> None:
+    """Returns at the moment, `steps` after the run resumed, or when the process has ended."""
+    log = Path("parts/log.jsonl")
+    before = log.stat().st_ino if log.exists() else 0
+    if moment == "the start":
+        return time.sleep(chance.uniform(0, 8))
+    fresh = lambda: log.exists() and log.stat().st_ino != before  # noqa: E731 - it was rewritten
+    while process.poll() is None and not fresh():
+        time.sleep(0.01)
+    have = log.read_text().count('"loss"') if log.exists() else 0
+    while process.poll() is None and log.read_text().count('"loss"') < have + steps:
+        time.sleep(0.005)
+    if moment == "a step":
+        return time.sleep(chance.uniform(0, 0.05))
+    while process.poll() is None and not any(Path("parts").glob("*.part")):
+        time.sleep(0.0002)
+
+
+def same(a, b) -> bool:
+    """Bit equality of what a checkpoint holds."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a != a)).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main(cfg: KillConfig) -> None:
     os.chdir(tempfile.mkdtemp())
     tiny_dataset(Path("data/tiny"))
-    args = flags(max_iters=4000, eval_interval=20, log_interval=1, dropout=0.1, eval_images=2)
+    args = flags(max_iters=cfg.steps, eval_interval=4, dropout=0.1, ema=0.9, eval_images=2)
+    parts = [*args, "--out_dir=parts", "--resume"]
     began = time.time()
-    whole = start("train.py", *args, "--out_dir=whole", processes=processes)
-    whole.communicate()
-    took = time.time() - began
-    chance = random.Random(0)
-    for kill in range(kills):
-        run = subprocess.Popen(
-            [sys.executable, __file__, "--child", str(processes), json.dumps(args)],
-            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(5 + chance.uniform(0, 1.3 * took / kills))
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-        print(
-            f"kill {kill + 1}: {len(losses('parts')) if Path('parts').exists() else 0} steps logged"
-        )
-    start("train.py", *args, "--out_dir=parts", "--resume", processes=processes).communicate()
-    a, b = weights("whole/last.pt"), weights("parts/last.pt")
-    equal = all((v == b[k]).all() for k, v in a.items())
-    print(f"weights bit-equal: {equal}; losses equal: {losses('whole') == losses('parts')}")
-    raise SystemExit(0 if equal and losses("whole") == losses("parts") else 1)
+    finish(start("train.py", *args, "--out_dir=whole", processes=cfg.processes))
+    print(f"undisturbed: {cfg.steps} steps in {time.time() - began:.0f} s", flush=True)
+    chance, during = random.Random(cfg.seed), 0
+    for kill in range(cfg.kills):
+        moment = MOMENTS[kill % len(MOMENTS)]
+        process = start("train.py", *parts, processes=cfg.processes)
+        wait_for(moment, process, chance.randrange(2 * cfg.steps // cfg.kills), chance)
+        over = process.poll() is not None
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        logged = len(losses("parts")) if Path("parts/log.jsonl").exists() else 0
+        saved = 0
+        if Path("parts/last.pt").exists():
+            saved = torch.load("parts/last.pt", weights_only=True)["step"]
+        left = sorted(path.name for path in Path("parts").glob("*.part"))
+        during += bool(left)
+        print(f"kill {kill + 1:2} in {moment}: {logged} steps logged, {saved} saved"
+              + f", half a file: {', '.join(left)}" * bool(left) + ", it had ended" * over,
+              flush=True)  # fmt: skip
+    finish(start("train.py", *parts, processes=cfg.processes))
+    equal = losses("whole") == losses("parts")
+    print(f"{during} kills struck during a save\nlosses equal: {equal}")
+    for name in ("ckpt.pt", "last.pt"):
+        a, b = (torch.load(f"{out}/{name}", weights_only=True) for out in ("whole", "parts"))
+        differ = [key for key in a.keys() | b.keys() if key != "config" and not same(a[key], b[key])]
+        print(f"{name}: " + (f"differs in {', '.join(differ)}" if differ else "bit-equal"))
+        equal = equal and not differ
+    rest = sorted(path.name for path in Path("parts").iterdir())
+    print(f"files: {' '.join(rest)}\n{time.time() - began:.0f} s in all")
+    raise SystemExit(not equal)
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        number, args = int(sys.argv[2]), json.loads(sys.argv[3])
-        child = start("train.py", *args, "--out_dir=parts", "--resume", processes=number)
-        child.communicate()
-    else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    run(main, configure(KillConfig, sys.argv[1:], __doc__, files=False))

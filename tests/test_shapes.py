@@ -46,10 +46,10 @@ def test_facts_of_wrong_captions_are_wrong():
     wrong = shapes.score_facts(["a small blue circle on a black background"], truth)
     assert wrong["precision"] == wrong["recall"] == 0.75
     assert shapes.score_facts(["two dogs run"], truth)["f1"] == 0.0
-    assert shapes.stated("a RED circle, left of one star!") == {
-        "circle: red", "circle: 1", "star: 1", "circle left of star",
+    assert shapes.stated("a RED circle, left of one ring!") == {
+        "circle: red", "circle: 1", "ring: 1", "circle left of ring",
     }  # fmt: skip
-    assert shapes.stated("a star right of a ring") == shapes.stated("a ring left of a star")
+    assert shapes.stated("a cross right of a ring") == shapes.stated("a ring left of a cross")
     assert shapes.stated("\x00 ☃ " + "circle " * 1000) == set()
 
 

@@ -1,0 +1,94 @@
+"""The benchmark: its contestants do the same work, and both modes run to their last line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import checkpoint
+from configurator import UserError
+from data import Split
+from model import ClipLM, ModelConfig
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny tensors gain nothing from more, and wait long on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that measure memory
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_synthetic_captions_have_cocos_lengths():
+    split = bench.Synthetic(ModelConfig(), 4000, 5)
+    lengths = np.diff(split.captions) - 1  # without bos
+    assert lengths.mean() == pytest.approx(12.2, abs=0.3)
+    assert lengths.std() == pytest.approx(2.4, abs=0.3)
+    assert lengths.min() >= 5 and 35 < lengths.max() <= 50
+
+
+def test_separate_examples_hold_what_packed_rows_hold():
+    split, rows = bench.Synthetic(ModelConfig(), 12, 5), np.array([7, 0, 11])
+    packed, separate = split.pack(rows), split.separate(rows)
+    real = separate["targets"] >= 0
+    tokens = packed["tokens"].flatten()[packed["where"]]
+    assert torch.equal(separate["tokens"][real], tokens)
+    assert torch.equal(separate["targets"][real], packed["targets"])
+    assert torch.equal(separate["embeddings"][::5], packed["embeddings"])
+    assert real.any(0).all()  # padded to the longest, not further
+
+
+def test_train_runs_and_the_losses_agree(capsys):
+    result = bench.main(["train", "--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"bench": "train", **result}
+    assert [(c["P"], c["captions_an_image"]) for c in result["cases"]] == [(10, 5), (50, 1)]
+    for case in result["cases"]:
+        ours, padded, theirs = case["contestants"]
+        close = 1e-4 if case["dtype"] == "float32" else 2e-2
+        assert ours["loss"] == pytest.approx(padded["loss"], abs=close)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=close)
+        assert ours["times_ours"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+        for row in case["contestants"]:
+            assert row["captions_per_s"]["median"] > 0 and row["peak_mb"] > 0
+
+
+def test_decode_runs_and_the_captions_agree(here, capsys):
+    split = Split(here / "data" / "tiny", "val")
+    size = ModelConfig(
+        vocab_size=len(split.tokenizer), embedding_dim=16, n_prefix=3, n_layer=2, n_head=2,
+        n_embd=16, block_size=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ClipLM(size)
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.8)  # no two tokens are nearly as likely
+    checkpoint.save(here / "ckpt.pt", checkpoint.pack(model, split.tokenizer, split.meta, {}))
+    result = bench.main(["decode", "--ckpt", "ckpt.pt", "--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"bench": "decode", **result}
+    for case in result["cases"]:
+        assert case["same"] == 1.0
+        assert case["share_of_bound"]["median"] > 0
+        names = [row["contestant"] for row in case["contestants"]]
+        assert names[:2] == ["ours", "transformers"]
+        assert ("without cache" in names) == (case["batch"] == 64)
+    assert len(result["cases"]) == 6
+
+
+def test_a_wrong_call_is_one_clear_line(capsys):
+    for argv in ([], ["--quick"], ["encode"]):
+        with pytest.raises(UserError, match="`train` or `decode`"):
+            bench.main(argv)
+    with pytest.raises(SystemExit):
+        bench.main(["decode"])
+    assert capsys.readouterr().err == "--ckpt: has no default, so give it\n"
+    with pytest.raises(UserError, match="no.pt not found"):
+        bench.main(["decode", "--ckpt", "no.pt"])
