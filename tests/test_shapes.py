@@ -57,15 +57,10 @@ def test_pictures_show_the_scene():
     """The object's colour is where it was placed; the relation holds between the places."""
     for i in range(40):
         scene = shapes.make_scene(random.Random(i))
-        state = random.Random(i + 1000).getstate()
-        drawn, placed = random.Random(), random.Random()
-        drawn.setstate(state)
-        pixels = np.asarray(shapes.render(scene, drawn))
+        rng = random.Random(i + 1000)
+        spots = shapes.place(scene, rng)
+        pixels = np.asarray(shapes.render(scene, rng, spots=spots))
         assert pixels.shape == (96, 96, 3)
-        placed.setstate(state)
-        for _ in range(3):
-            placed.randint(-10, 10)  # the background's shade comes first
-        spots = shapes.place(scene, placed)
         groups = [g for g in scene.groups for _ in range(g.count)]
         for group, (x, y, _) in zip(groups, spots, strict=True):
             if group.shape != "ring":  # whose middle is empty
