@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from configurator import UserError, configure, run, within
+from configurator import UserError, configure, one_of, run, within
 from data import Order, Split
 from decode import Decoding, generate
 from model import ClipLM, ModelConfig
@@ -155,6 +155,7 @@ class DecodeBench:
 
     def __post_init__(self):
         within(self, "images turns", 1, 10**6)
+        one_of(self, "dtype", "auto bfloat16 float16 float32")
 
 
 class Recomputing:

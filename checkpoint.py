@@ -34,7 +34,10 @@ def pack(model: ClipLM, tokenizer: Tokenizer, meta: dict, config: dict, **rest) 
 def save(path: Path, content: dict) -> None:
     """Writes a checkpoint; the one before stays until the new one is whole."""
     with replacing(path) as part, open(part, "wb") as file:
-        torch.save(content, file)  # through a file: a full disk is then an OSError
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # PyTorch, closing the archive, covers up what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load(path: Path | str) -> dict:

@@ -32,23 +32,50 @@ FILES = ("embeddings.npy", "tokens.npy", "offsets.npy")  # of a split, besides <
 
 
 @contextlib.contextmanager
+def naming(path: Path | str, part: Path | None = None) -> Iterator[None]:
+    """Writing to a full disk raises an error that names no file, or `part`: now it names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or part and str(error.filename) == str(part):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place, fsynced, when all went well."""
+    """Yields a temporary path beside `path`, which takes its place, fsynced, when all went well.
+
+    A killed process leaves it behind; having a fixed name, it is overwritten the next time.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with naming(path, part):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone, or the folder is read-only
+            part.unlink()
+    with contextlib.suppress(OSError):  # the new name too is on disk, where the system can do it
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_text(path: Path | str, text: str) -> None:
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def append(path: Path | str, text: str) -> None:
+    """Adds text to a file's end. The file is closed each time, so that nothing waits in a buffer
+    that a full disk would refuse again, with a traceback, when the process ends."""
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_json(path: Path | str):

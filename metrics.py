@@ -463,8 +463,13 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, dict[str, in
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, as everywhere: no usage above it
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="BLEU, ROUGE-L, CIDEr-D, METEOR of captions")
+    parser = _Parser(description="BLEU, ROUGE-L, CIDEr-D, METEOR of captions")
     parser.add_argument("predictions", help="COCO results (.json) or our CSV, one caption an image")
     parser.add_argument("references", help="COCO annotations (.json), of at least these images")
     parser.add_argument("--java", action="store_true", help="tokenize with the toolkit's program")

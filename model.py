@@ -243,7 +243,7 @@ class ClipLM(nn.Module):
         for block in blocks:
             x, kv = block(x, mask)
             prefix.append(kv)
-        prefix.append(last.attn.heads(last.ln_1(x))[1:])  # what else it makes of the prefix is unread
+        prefix.append(last.attn.heads(last.ln_1(x))[1:])  # nothing reads its output
         return prefix
 
     def step(self, tokens, position: int, prefix, cache=None):

@@ -43,7 +43,7 @@ def read(path: str) -> list[dict]:
             row = json.loads(line)
             if not isinstance(row["step"], int):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if n == len(lines):
                 break
             raise UserError(f"{path}:{n}: not a line of train.py's log") from None

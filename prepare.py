@@ -37,7 +37,7 @@ from tqdm import tqdm
 import download
 import sources
 from configurator import Config, UserError, configure, run
-from data import Tokenizer, read_json, replacing, write_meta, write_split, write_text
+from data import Tokenizer, naming, read_json, replacing, write_meta, write_split, write_text
 
 SYNC = 5.0  # seconds between the moments at which progress is made safe on disk
 
@@ -136,15 +136,22 @@ def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
     problems.stop(cfg.embeddings)
     state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
     for split, of in found.items():
-        out = np.load(state / f"{split}.npy", mmap_mode="r+")
-        for i in range(0, len(of), 4096):  # the array may exceed memory
-            with np.errstate(over="ignore"):
-                out[i : i + 4096] = array[of[i : i + 4096]]
-            bad = ~np.isfinite(out[i : i + 4096]).all((1, 2))
-            if bad.any():
-                name = splits[split][i + int(bad.argmax())]["file_name"]
-                raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
-        out.flush()
+        path = state / f"{split}.npy"
+        begin = np.load(path, mmap_mode="r").offset
+        with naming(path), open(path, "rb+") as out:  # a full disk kills who writes through a map
+            out.seek(begin)
+            for i in range(0, len(of), 4096):  # the array may exceed memory
+                with np.errstate(over="ignore"):
+                    block = array[of[i : i + 4096]].astype(np.float16)
+                bad = ~np.isfinite(block).all((1, 2))
+                if bad.any():
+                    name = splits[split][i + int(bad.argmax())]["file_name"]
+                    raise UserError(
+                        f"{cfg.embeddings}: not finite in half precision, first for {name}"
+                    )
+                out.write(block.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
     return {"encoder": "", "features": "pooled" if array.shape[1] == 1 else "grid", "grid": 0,
             "n_positions": array.shape[1], "embedding_dim": array.shape[2]}  # fmt: skip
 
@@ -284,12 +291,16 @@ def drop_bad(splits: dict, bad: dict[str, dict[int, str]], state: Path, cfg: Con
         splits[split] = [records[i] for i in keep]
         rows = np.load(state / f"{split}.npy", mmap_mode="r")
         if bad[split]:
-            shape = (len(keep), *rows.shape[1:])
-            kept = np.lib.format.open_memmap(state / f"{split}.kept.npy", "w+", rows.dtype, shape)
-            for i in range(0, len(keep), 4096):
-                kept[i : i + 4096] = rows[keep[i : i + 4096]]
-            kept.flush()
-            rows = kept
+            path = state / f"{split}.kept.npy"
+            header = {"descr": rows.dtype.str, "fortran_order": False,
+                      "shape": (len(keep), *rows.shape[1:])}  # fmt: skip
+            with naming(path), open(path, "wb") as file:  # not through a map: see own_embeddings
+                np.lib.format.write_array_header_1_0(file, header)
+                for i in range(0, len(keep), 4096):
+                    file.write(rows[keep[i : i + 4096]].tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            rows = np.load(path, mmap_mode="r")
         assert len(rows) == len(splits[split])
 
 

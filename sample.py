@@ -29,7 +29,7 @@ import gallery
 import metrics
 import shapes
 from configurator import ConfigError, UserError, configure, one_of, run, within
-from data import Split, write_text
+from data import Split, append, write_text
 from decode import Decoding, generate
 from track import Tracker
 from train import Place
@@ -154,15 +154,12 @@ class Partial:
                     self.done.append(json.loads(line))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(f"{x}\n" for x in [header, *map(json.dumps, self.done)]))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open until finished
 
     def add(self, predictions: list[dict]) -> None:
         self.done += predictions
-        self.file.write("".join(json.dumps(p) + "\n" for p in predictions))
-        self.file.flush()
+        append(self.path, "".join(json.dumps(p) + "\n" for p in predictions))
 
     def finish(self) -> None:
-        self.file.close()
         self.path.unlink()
 
 

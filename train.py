@@ -27,7 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import metrics
 from configurator import Config, UserError, configure, run, to_dict
-from data import Order, Split, ahead, batches, write_text
+from data import Order, Split, ahead, append, batches, write_text
 from decode import Decoding, generate
 from model import ClipLM, ModelConfig
 from track import Tracker
@@ -51,6 +51,10 @@ class Place:
             raise UserError(f"device={device}: this PyTorch sees no CUDA device")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+        there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if device not in there:
+            raise UserError(f"device={device}: this PyTorch sees only {' '.join(there)}")
         self.device = torch.device(device)
         self.kind = self.device.type
         if self.kind == "cuda":
@@ -216,11 +220,9 @@ class Log:
         self.peak = place.matmul_rate()
         show = None if self.master else True  # None: a bar on a terminal, plain lines in a file
         self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=show)
-        self.file = None
+        self.path = cfg.run_dir / "log.jsonl"
         if self.master:
-            path = cfg.run_dir / "log.jsonl"
-            write_text(path, "".join(kept_lines(path, step)))
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open until the end
+            write_text(self.path, "".join(kept_lines(self.path, step)))
         kind = cfg.track if self.master else "none"
         self.track = Tracker(kind, to_dict(cfg), cfg.run_dir, cfg.run_dir.name, resume=step > 0)
         self.begin()
@@ -268,8 +270,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         if self.master:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            append(self.path, json.dumps(row) + "\n")
             self.track.log(row)
 
     def say(self, text: str) -> None:
@@ -279,27 +280,32 @@ class Log:
 
 def kept_lines(path, step: int) -> list[str]:
     """The lines of a log up to `step`; what came later, or is torn, is written again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     kept = []
-    for line in lines if step else []:
-        with contextlib.suppress(ValueError):
+    for line in text.splitlines(keepends=True) if step else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
     return kept
 
 
 class Signals:
-    """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
-    def __init__(self):
-        self.asked = False
+    A scheduler may signal torchrun and its processes, and torchrun passes it on to these: what
+    comes within `echo` seconds of the first is the same signal.
+    """
+
+    def __init__(self, echo: float):
+        self.asked, self.since, self.echo = False, math.inf, echo
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if now > self.since + self.echo:
             os._exit(128 + number)
-        self.asked = True
+        self.asked, self.since = True, min(now, self.since)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,7 +369,8 @@ def check_resumable(
 
 def main(cfg: Config) -> dict:
     """Trains as `cfg` says. Returns the last evaluation's figures."""
-    place, signals = Place(cfg.device, cfg.dtype), Signals()
+    place = Place(cfg.device, cfg.dtype)
+    signals = Signals(echo=5.0 if place.world > 1 else 0.0)
     train, val = Split(cfg.data_dir, "train"), Split(cfg.data_dir, "val")
     meta, size = train.meta, model_config(cfg, train.meta, len(train.tokenizer))
     order = Order(cfg.seed, train.lengths, cfg.batch_size)

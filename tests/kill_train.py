@@ -8,6 +8,7 @@ Prints when each kill struck and what was lost, and whether the two runs' checkp
 optimizer, average, random states, best score) and logged losses are bit-equal.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -34,7 +35,7 @@ MOMENTS = ("a step", "a save", "a step", "a save", "the start")
 class KillConfig:
     processes: int = 0  # 0: without torchrun
     kills: int = 20
-    steps: int = 400  # of the whole run
+    steps: int = 300  # of the whole run
     seed: int = 0  # of the moments
 
 
@@ -48,22 +49,36 @@ def family(pid: int) -> list[int]:
     return members
 
 
-def wait_for(moment: str, process: subprocess.Popen, steps: int, chance: random.Random) -> None:
-    """Returns at the moment, `steps` after the run resumed, or when the process has ended."""
-    log = Path("parts/log.jsonl")
-    before = log.stat().st_ino if log.exists() else 0
+def kill(process: subprocess.Popen, moment: str, steps: int, chance: random.Random) -> None:
+    """Kills at the moment, `steps` after the run resumed, all of its processes."""
+    log, out = Path("parts/log.jsonl"), Path("parts")
+    before, began = log.stat().st_ino if log.exists() else 0, time.time()
+
+    def resumed() -> bool:  # then the log is a new file
+        return log.exists() and log.stat().st_ino != before
+
+    def saving() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            return any(part.stat().st_mtime > began for part in out.glob("*.pt*.part"))
+        return False
+
     if moment == "the start":
-        return time.sleep(chance.uniform(0, 8))
-    fresh = lambda: log.exists() and log.stat().st_ino != before  # noqa: E731 - it was rewritten
-    while process.poll() is None and not fresh():
+        time.sleep(chance.uniform(0, 5))
+    while moment != "the start" and process.poll() is None and not resumed():
         time.sleep(0.01)
-    have = log.read_text().count('"loss"') if log.exists() else 0
-    while process.poll() is None and log.read_text().count('"loss"') < have + steps:
-        time.sleep(0.005)
+    members = family(process.pid)
+    if moment != "the start":
+        goal = log.read_text().count('"loss"') + steps
+        while process.poll() is None and log.read_text().count('"loss"') < goal:
+            time.sleep(0.005)
     if moment == "a step":
-        return time.sleep(chance.uniform(0, 0.05))
-    while process.poll() is None and not any(Path("parts").glob("*.part")):
+        time.sleep(chance.uniform(0, 0.1))
+    while moment == "a save" and process.poll() is None and not saving():
         time.sleep(0.0002)
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 def same(a, b) -> bool:
@@ -86,21 +101,20 @@ def main(cfg: KillConfig) -> None:
     finish(start("train.py", *args, "--out_dir=whole", processes=cfg.processes))
     print(f"undisturbed: {cfg.steps} steps in {time.time() - began:.0f} s", flush=True)
     chance, during = random.Random(cfg.seed), 0
-    for kill in range(cfg.kills):
-        moment = MOMENTS[kill % len(MOMENTS)]
+    for number in range(cfg.kills):
+        moment = MOMENTS[number % len(MOMENTS)]
         process = start("train.py", *parts, processes=cfg.processes)
-        wait_for(moment, process, chance.randrange(2 * cfg.steps // cfg.kills), chance)
-        over = process.poll() is not None
-        for pid in family(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-        logged = len(losses("parts")) if Path("parts/log.jsonl").exists() else 0
-        saved = 0
+        started = time.time()
+        kill(process, moment, chance.randrange(cfg.steps // cfg.kills), chance)
+        over = process.returncode != -signal.SIGKILL
+        logged = saved = 0
+        if Path("parts/log.jsonl").exists():
+            logged = Path("parts/log.jsonl").read_text().count('"loss"')
         if Path("parts/last.pt").exists():
             saved = torch.load("parts/last.pt", weights_only=True)["step"]
-        left = sorted(path.name for path in Path("parts").glob("*.part"))
+        left = [p.name for p in Path("parts").glob("*.part") if p.stat().st_mtime > started]
         during += bool(left)
-        print(f"kill {kill + 1:2} in {moment}: {logged} steps logged, {saved} saved"
+        print(f"kill {number + 1:2} in {moment}: {logged} steps logged, {saved} saved"
               + f", half a file: {', '.join(left)}" * bool(left) + ", it had ended" * over,
               flush=True)  # fmt: skip
     finish(start("train.py", *parts, processes=cfg.processes))
@@ -108,7 +122,8 @@ def main(cfg: KillConfig) -> None:
     print(f"{during} kills struck during a save\nlosses equal: {equal}")
     for name in ("ckpt.pt", "last.pt"):
         a, b = (torch.load(f"{out}/{name}", weights_only=True) for out in ("whole", "parts"))
-        differ = [key for key in a.keys() | b.keys() if key != "config" and not same(a[key], b[key])]
+        keys = sorted((a.keys() | b.keys()) - {"config"})
+        differ = [key for key in keys if not same(a.get(key), b.get(key))]
         print(f"{name}: " + (f"differs in {', '.join(differ)}" if differ else "bit-equal"))
         equal = equal and not differ
     rest = sorted(path.name for path in Path("parts").iterdir())
