@@ -398,13 +398,15 @@ def _read(path: str) -> list[dict]:
     if not Path(path).is_file():
         raise ValueError(f"{path} not found: give predictions, then references")
     is_csv = Path(path).suffix == ".csv"
-    csv.field_size_limit(2**31 - 1)  # the default ends a caption at 131,072 characters
+    limit = csv.field_size_limit(2**31 - 1)  # the default ends a caption at 131,072 characters
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         rows = list(csv.DictReader(io.StringIO(text, ""))) if is_csv else json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         kind = "CSV" if is_csv else "JSON"
         raise ValueError(f"{path} is not {kind} in UTF-8: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     if isinstance(rows, dict):
         rows = rows.get("annotations")
     if not isinstance(rows, list) or not rows:
@@ -465,7 +467,8 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, dict[str, in
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line, as everywhere: no usage above it
-        self.exit(2, f"{self.prog}: {message}\n")
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        self.exit(2, f"{self.prog}: {text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

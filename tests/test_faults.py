@@ -134,7 +134,7 @@ def test_a_log_that_fills_the_disk_is_mended(disk):
     second message. Hence a process of its own.
     """
     args = flags(max_iters=60, eval_interval=30)
-    train.main(Config(**SMALL | dict(max_iters=60, eval_interval=30, out_dir="whole")))
+    finish(start("train.py", *args, "--out_dir=whole"))
     disk("size=8k")
     said = one_line(start("train.py", *args, "--out_dir=disk"))
     assert said == "disk/log.jsonl: No space left on device\n"

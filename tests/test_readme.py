@@ -55,5 +55,5 @@ def test_every_script_and_setting_it_names_exists():
     from sample import SampleConfig
 
     known = {*kinds_of(Config), *kinds_of(SampleConfig), "nproc_per_node", "nnodes", "rdzv_backend",
-             "rdzv_endpoint", "max_restarts", "out"}  # fmt: skip
+             "rdzv_endpoint", "max_restarts", "out", "help"}  # fmt: skip
     assert not set(re.findall(r"--(\w+)", README)) - known

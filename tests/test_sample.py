@@ -81,7 +81,6 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
 def test_other_settings_do_not_go_on_from_anothers_captions(trained):
     partial = sample.Partial(Path("p.partial.jsonl"), {"seed": 1})
     partial.add([{"image_id": 1}])
-    partial.file.close()
     assert sample.Partial(Path("p.partial.jsonl"), {"seed": 1}).done == [{"image_id": 1}]
     assert sample.Partial(Path("p.partial.jsonl"), {"seed": 2}).done == []
 

@@ -117,7 +117,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(here, kind, monkeypa
 
 
 def wait_for_steps(out: Path, n: int) -> None:
-    for _ in range(1200):
+    for _ in range(3600):
         if out.is_file() and out.read_text().count('"loss"') >= n:
             return
         time.sleep(0.05)
