@@ -247,6 +247,7 @@ def main(cfg: SampleConfig) -> dict:
     model.to(place.device)
     side = 0 if meta["features"] == "pooled" else math.isqrt(meta["n_positions"])
     decoding = cfg.decoding(model.cfg.block_size - model.cfg.prefix_length)
+    prompt = cfg.prompt.lower() if meta["lowercase"] else cfg.prompt
     if cfg.split:
         items, split = split_items(cfg, meta)
         out = Path(cfg.out_json or Path(cfg.ckpt).parent / cfg.split / "predictions.json")
@@ -259,7 +260,7 @@ def main(cfg: SampleConfig) -> dict:
         weights = hashlib.sha256(Path(cfg.ckpt).read_bytes()).hexdigest()
         partial = Partial(
             out.with_name(out.name + ".partial.jsonl"),
-            {"ckpt": weights, "decoding": asdict(decoding), "prompt": cfg.prompt,
+            {"ckpt": weights, "decoding": asdict(decoding), "prompt": prompt,
              "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items]},
         )  # fmt: skip
         if partial.done:
@@ -280,7 +281,7 @@ def main(cfg: SampleConfig) -> dict:
                 continue
         embeddings = embeddings.to(place.device)
         with place.autocast():
-            found = generate(model, embeddings, tokenizer, decoding, cfg.prompt, list(numbers))
+            found = generate(model, embeddings, tokenizer, decoding, prompt, list(numbers))
         maps = [None] * len(batch)
         if cfg.attention:
             maps = attention_maps(model, embeddings, [f[0].ids for f in found], tokenizer.bos)

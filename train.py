@@ -395,6 +395,8 @@ def main(cfg: Config) -> dict:
         if place.kind == "cuda":
             torch.cuda.set_rng_state(state["random"][place.rank]["cuda"], place.device)
         step, highest, scores = state["step"], state["highest"], state["scores"]
+    if len(set(place.gather(step))) > 1:
+        raise UserError(f"{last} is not the same on every machine: all must share its folder")
 
     wrapped = model
     if cfg.compile if cfg.compile is not None else place.kind == "cuda":

@@ -1,5 +1,6 @@
 """train.py: the same update however a batch is cut, the same run however it is interrupted."""
 
+import functools
 import json
 import math
 import os
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_dataset
+from torch._dynamo.testing import CompileCounter
 
 import checkpoint
 import train
 from configurator import Config, UserError
-from data import Split
+from data import Order, Split
 from decode import Decoding, generate
 
 ROOT = Path(train.__file__).parent
@@ -89,6 +92,23 @@ def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
     one, cut = weights("one/last.pt"), weights("cut/last.pt")
     for name, value in one.items():
         assert torch.allclose(value, cut[name], atol=2e-4), name
+
+
+def test_compiling_makes_few_graphs_and_changes_no_loss(here, monkeypatch):
+    """Batches come in many shapes; each must not be compiled anew. The graphs run uncompiled
+    here, so that no compiler is needed."""
+    split = Split(tiny_dataset(here / "data/many", images=200), "train")
+    order = Order(0, split.lengths, SMALL["batch_size"])
+    packed = [split.pack(order.batch(step)) for step in range(30)]
+    assert len({(x["tokens"].shape, x["targets"].shape) for x in packed}) > 15
+    long = SMALL | dict(dataset="many", max_iters=30, eval_interval=30)
+    train.main(Config(**long | dict(out_dir="plain")))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    train.main(Config(**long | dict(out_dir="compiled", compile=True)))
+    assert 1 <= counter.frame_count <= 3
+    assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", [{}, {"ema": 0.9, "dropout": 0.2, "embedding_noise": 0.1},
@@ -172,8 +192,6 @@ def test_what_does_not_fit_is_not_resumed(here):
 
 
 def test_another_dataset_is_not_resumed(here):
-    from conftest import tiny_dataset
-
     train.main(Config(**SMALL))
     os.rename(here / "data/tiny", here / "data/old")
     tiny_dataset(here / "data/tiny", images=25)
