@@ -57,27 +57,36 @@ class ModelConfig:
 # The parts
 
 
-def attend(q, k, v, mask, dropout: float):
-    """Attention over heads: q (B, nh, T, hs); k, v (B, nh, T, hs); mask (B, 1, T, T), True = sees.
+class Dropout(nn.Module):
+    """Dropout. Drawing the random numbers takes a CPU a tenth of a training step (LOG.md), so there
+    one draw of 64 bits serves eight places, with p rounded to 1/256."""
 
-    PyTorch's fused kernel, but for bfloat16 on a CPU: there its backward pass is slower than the
-    three lines that it stands for (LOG.md has the measurement).
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, T)
-    weights = F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
-    return F.dropout(weights, dropout) @ v
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if (
+            not self.training
+            or not self.p
+            or x.device.type != "cpu"
+            or torch.compiler.is_compiling()
+        ):
+            return F.dropout(x, self.p, self.training)
+        drop = min(255, math.ceil(256 * self.p))
+        draws = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
+        return x * kept * (256 / (256 - drop))
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head = cfg.n_head
-        self.dropout = cfg.dropout
+        self.attn_dropout = Dropout(cfg.dropout)
         self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)  # q, k, v in one
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
 
     def heads(self, x):
         """q, k and v of x."""
@@ -91,7 +100,13 @@ class Attention(nn.Module):
     def forward(self, x, mask):
         """x (B, T, C) -> (B, T, C), and the keys and values of every position."""
         q, k, v = self.heads(x)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        p = self.attn_dropout.p if self.training else 0.0
+        if x.device.type != "cpu" or (not p and q.dtype == torch.float32):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        else:  # here the fused kernel is slower than the three lines that it stands for (LOG.md)
+            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, T)
+            weights = F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
+            y = self.attn_dropout(weights) @ v
         return self.merge(y), (k, v)
 
     def step(self, x, prefix, cache):
@@ -120,7 +135,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
         self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
@@ -167,7 +182,7 @@ class ClipLM(nn.Module):
             dict(
                 wte=nn.Embedding(cfg.vocab_size, cfg.n_embd),
                 wpe=nn.Embedding(cfg.block_size, cfg.n_embd),
-                drop=nn.Dropout(cfg.dropout),
+                drop=Dropout(cfg.dropout),
                 h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
                 ln_f=nn.LayerNorm(cfg.n_embd, bias=cfg.bias),
             )

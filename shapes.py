@@ -1,12 +1,12 @@
 """The built-in dataset: small scenes whose facts are known, and the training of its tiny CLIP.
 
     python prepare.py config/shapes.py              # renders the scenes, encodes and tokenizes them
-    python shapes.py --train_clip                   # how assets/shapes-clip was made (once)
+    python shapes.py --train_clip                   # trains a tiny CLIP as the one in assets/
     python shapes.py --probe                        # what its embeddings know, by linear probes
 
 A scene is one or two groups of like objects (one to three objects in all) on a plain background:
-"two small red circles and a large blue star on a black background". Every caption states every
-fact, in words and an order that vary, so a caption can be checked fact by fact. Five colour-shape
+"two small red circles and a large blue cross on a black background". Every caption states every
+fact, in words and an order that vary, so a caption can be checked fact by fact. Four colour-shape
 pairs (`NOVEL`) occur in no training image, neither the captioner's nor CLIP's.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -37,12 +38,13 @@ COLOURS = {
     "green": (50, 165, 70),
     "blue": (50, 95, 225),
     "purple": (150, 60, 185),
+    "pink": (250, 140, 185),
+    "brown": (130, 80, 40),
 }
 BACKGROUNDS = {"black": (15, 15, 15), "gray": (128, 128, 128), "white": (242, 242, 242)}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": (0.09, 0.115), "large": (0.165, 0.20)}  # radius, as a share of the image's side
-NOVEL = {("red", "star"), ("yellow", "square"), ("green", "ring"), ("blue", "triangle"),
-         ("purple", "cross")}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SIZES = {"small": (0.11, 0.135), "large": (0.175, 0.205)}  # radius, as a share of the image's side
+NOVEL = {("red", "cross"), ("yellow", "square"), ("green", "ring"), ("blue", "triangle")}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
             colour, shape = rng.choice(sorted(NOVEL))
             groups[0] = replace(groups[0], colour=colour, shape=shape)
         single = len(groups) == 2 and groups[0].count == groups[1].count == 1
-        relation = rng.choice(("left of", "right of", "above", "below")) if single else None
+        relation = rng.choice(list(OPPOSITE)) if single else None
         scene = Scene(rng.choice(list(BACKGROUNDS)), tuple(groups), relation)
         if scene.is_valid(novel):
             return scene
@@ -96,18 +98,20 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
 def make_variant(scene: Scene, rng: random.Random) -> Scene:
     """`scene` with one fact changed: the hard negatives from which CLIP learns every attribute."""
     while True:
-        common = ["size", "colour", "shape", "shape", "count"] * 2
-        what = rng.choice(("background", "relation", "colours", *common))
+        kinds = ["background", "size"] + ["colour", "count"] * 2 + ["shape"] * 4
+        kinds += ["exchange"] * 4 if len(scene.groups) == 2 else []
+        kinds += ["relation"] * 6 if scene.relation else []
+        what = rng.choice(kinds)
         groups = list(scene.groups)
         i = rng.randrange(len(groups))
         if what == "background":
             variant = replace(scene, background=rng.choice(list(BACKGROUNDS)))
         elif what == "relation":
-            relation = scene.relation and rng.choice(("left of", "right of", "above", "below"))
-            variant = replace(scene, relation=relation)
-        elif what == "colours":  # two groups exchange their colours, so that binding matters
-            groups[0] = replace(scene.groups[0], colour=scene.groups[-1].colour)
-            groups[-1] = replace(scene.groups[-1], colour=scene.groups[0].colour)
+            variant = replace(scene, relation=rng.choice(list(OPPOSITE)))
+        elif what == "exchange":  # the same words, but whose are they?
+            kind = rng.choice(("colour", "colour", "size", "count"))
+            values = [getattr(g, kind) for g in reversed(groups)]
+            groups = [replace(g, **{kind: v}) for g, v in zip(groups, values, strict=True)]
             variant = replace(scene, groups=tuple(groups))
         else:
             values = {"size": list(SIZES), "colour": list(COLOURS), "shape": SHAPES,
@@ -128,8 +132,6 @@ def polygon(shape: str, x: float, y: float, r: float, angle: float) -> list[tupl
         corners = [(k * 90 + 45, 1.15) for k in range(4)]
     elif shape == "triangle":
         corners = [(k * 120 - 90, 1.2) for k in range(3)]
-    elif shape == "star":
-        corners = [(k * 36 - 90, 1.25 if k % 2 == 0 else 0.5) for k in range(10)]
     else:  # a cross: an arm is .7 r wide and r long
         near, far = math.degrees(math.atan2(0.35, 1)), math.hypot(0.35, 1)
         corners = []
@@ -153,7 +155,7 @@ def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
             r = rng.uniform(*SIZES[size])
             spots.append((rng.uniform(1.2 * r, 1 - 1.2 * r), rng.uniform(1.2 * r, 1 - 1.2 * r), r))
         if any(
-            math.hypot(x - u, y - v) < 1.25 * (r + s)
+            math.hypot(x - u, y - v) < 1.2 * (r + s)
             for i, (x, y, r) in enumerate(spots)
             for u, v, s in spots[:i]
         ):
@@ -169,20 +171,20 @@ def place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
         return spots
 
 
-def render(scene: Scene, rng: random.Random, side: int = 96):
-    """The scene as a PIL RGB image of `side` x `side` pixels."""
+def render(scene: Scene, rng: random.Random, side: int = 96, spots: list | None = None):
+    """The scene as a PIL RGB image, `side` x `side` pixels, its objects at `spots` (see place)."""
     from PIL import Image, ImageDraw
 
     def shade(rgb, spread):
         return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in rgb)
 
     big = side * 2  # drawn at twice the size and averaged down, so that edges are smooth
-    image = Image.new("RGB", (big, big), shade(BACKGROUNDS[scene.background], 10))
+    background = shade(BACKGROUNDS[scene.background], 10)
+    image = Image.new("RGB", (big, big), background)
     draw = ImageDraw.Draw(image)
     shapes = [(g.shape, g.colour) for g in scene.groups for _ in range(g.count)]
-    background = image.getpixel((0, 0))
-    for (shape, colour), (x, y, r) in zip(shapes, place(scene, rng), strict=True):
-        x, y, r, fill = x * big, y * big, r * big, shade(COLOURS[colour], 18)
+    for (shape, colour), (x, y, r) in zip(shapes, spots or place(scene, rng), strict=True):
+        x, y, r, fill = x * big, y * big, r * big, shade(COLOURS[colour], 20)
         if shape in ("circle", "ring"):
             draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
             if shape == "ring":
@@ -204,17 +206,23 @@ WORDS = {  # how each value may be said; the first is the plain one
     "above": ("above", "over"),
     "below": ("below", "under", "beneath"),
 }
+PLACES = {  # or by where each of the two stands
+    "left of": ("on the left", "on the right"),
+    "right of": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "a pair of": 2, "three": 3, "a trio of": 3}
 
 
 def phrase(group: Group, rng: random.Random) -> str:
     """A noun phrase for the group, such as "a pair of tiny red crosses"."""
-    size = rng.choice(WORDS[group.size])
+    size = group.size and rng.choice(WORDS[group.size])
     count = rng.choice({1: ("a", "a", "one"), 2: ("two", "two", "a pair of"),
                         3: ("three", "three", "a trio of")}[group.count])  # fmt: skip
     plural = "" if group.count == 1 else "es" if group.shape.endswith("s") else "s"
-    return f"{count} {size} {group.colour} {group.shape}{plural}"
+    return " ".join(filter(None, (count, size, group.colour, group.shape + plural)))
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -225,11 +233,16 @@ def caption(scene: Scene, rng: random.Random) -> str:
         groups, relation = groups[::-1], relation and OPPOSITE[relation]
     phrases = [phrase(g, rng) for g in groups]
     verb = "is" if groups[0].count == 1 else "are"
-    if relation:
+    if relation and rng.random() < 0.5:
+        here, there = PLACES[relation]
+        joined = f"{phrases[0]} {here} and {phrases[1]} {there}"
+    elif relation:
         joined = f"{phrases[0]} {rng.choice(WORDS[relation])} {phrases[1]}"
     else:
         joined = rng.choice((" and ", " and ", " with ")).join(phrases)
     ground = scene.background
+    if not ground:
+        return joined
     return rng.choice((
         f"{joined} on a {ground} background",
         f"{joined} on a {ground} background",
@@ -250,7 +263,7 @@ def captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]:
 
 
 def facts(scene: Scene) -> list[str]:
-    """What is true of the scene, such as "circle: red", "circle: 2" or "circle left of star"."""
+    """What is true of the scene, such as "circle: red", "circle: 2" or "circle left of ring"."""
     found = [f"background: {scene.background}"]
     for g in scene.groups:
         found += [f"{g.shape}: {g.colour}", f"{g.shape}: {g.size}", f"{g.shape}: {g.count}"]
@@ -267,6 +280,7 @@ def relation_fact(first: str, relation: str, second: str) -> str:
 
 
 SAID = {word: value for value, words in WORDS.items() for word in words}
+SAID |= {here: value for value, (here, _) in PLACES.items()}
 
 
 def either(words) -> str:
@@ -277,7 +291,7 @@ NOUN_PHRASE = re.compile(
     rf"\b(?:({either(COUNTS)}) )?(?:({either(w for s in SIZES for w in WORDS[s])}) )?"
     rf"(?:({either(COLOURS)}) )?({either(SHAPES)})(?:e?s)?\b"
 )
-RELATION = re.compile(rf"\b({either(w for r in OPPOSITE for w in WORDS[r])})\b")
+RELATION = re.compile(rf"\b({either(w for w, r in SAID.items() if r in OPPOSITE)})\b")
 BACKGROUND = re.compile(rf"\b({either(BACKGROUNDS)})\b")
 
 
@@ -345,9 +359,10 @@ class ShapesConfig:
     train_clip: bool = False  # train the tiny CLIP and write it to `out`
     probe: bool = False  # fit linear probes to the embeddings of the CLIP in `out`
     out: str = "assets/shapes-clip"  # the folder, in transformers' format
-    families: int = 16000  # scenes rendered, each with seven variants that differ in one fact
+    start: str = ""  # folder of a CLIP to go on from; empty: a new one
+    families: int = 20000  # scenes rendered, each with seven variants that differ in one fact
     batch: int = 32  # families per step, so that a batch holds eight times as many pairs
-    steps: int = 6000
+    steps: int = 5000
     learning_rate: float = 1.5e-3
     warmup: int = 300
     seed: int = 1
@@ -355,7 +370,7 @@ class ShapesConfig:
 
 
 def new_clip(folder: Path, texts: list[str]):
-    """An untrained CLIP of 0.9 million parameters, its tokenizer and its image processor."""
+    """An untrained CLIP of 1.0 million parameters, its tokenizer and its image processor."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -375,13 +390,69 @@ def new_clip(folder: Path, texts: list[str]):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
         projection_dim=128,
-        vision_config=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5,
+        vision_config=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                            num_attention_heads=4, image_size=48, patch_size=8, projection_dim=128),
-        text_config=dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        text_config=dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3,
                          num_attention_heads=4, max_position_embeddings=32, projection_dim=128,
                          vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id, **ids),
     )  # fmt: skip
-    return CLIPModel._from_config(config, attn_implementation="eager"), tokenizer, processor
+    model = CLIPModel._from_config(config, attn_implementation="eager")
+    # Places start as large as what the patches hold. From transformers' small random numbers the
+    # class token never learned to read them, and with them no relation of two objects.
+    embedding = model.vision_model.embeddings.position_embedding.weight.data[1:]
+    at = (torch.cartesian_prod(torch.arange(6), torch.arange(6)) + 0.5) / 6 * math.pi  # (36, 2)
+    waves = at[:, :, None] * torch.arange(1, 33) / 4  # (36, 2, 32)
+    embedding.copy_(0.4 * torch.cat((waves.sin(), waves.cos()), -1).flatten(1))
+    return model, tokenizer, processor
+
+
+def whereabouts(spots: list) -> str | None:
+    """Where a single object stands, as a relation to the middle; None for several."""
+    if len(spots) > 1:
+        return None
+    across, down = spots[0][0] - 0.5, spots[0][1] - 0.5
+    if abs(across) > abs(down):
+        return "left of" if across < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
+def clip_caption(
+    scene: Scene, spots: list, unsaid: set[str], rng: random.Random
+) -> tuple[str, tuple]:
+    """A caption for CLIP to learn from, and what it states, as a key.
+
+    Unlike `caption`'s, it says where a single object stands (from relations of two alone CLIP did
+    not learn to look at places), and like the captions of the web it leaves things out: the kinds
+    in `unsaid` ("background", "size", "colour", "place"). A caption of shapes alone makes shape a
+    direction of its own, not a property of each colour.
+    """
+    quiet = {kind: "" for kind in ("size", "colour") if kind in unsaid}
+    groups = tuple(replace(g, **quiet) for g in scene.groups)
+    ground = "" if "background" in unsaid else scene.background
+    relation, here = scene.relation, whereabouts(spots)
+    if "place" in unsaid:
+        relation = here = None
+    said = Scene(ground, groups, relation)
+    text = caption(said, rng)
+    if here:
+        text = f"{phrase(groups[0], rng)} {PLACES[here][0]}" + (
+            ground and f" on a {ground} background"
+        )
+    return text, (here, *facts(said))
+
+
+def contrast(logits, keys: list[tuple]):
+    """The contrastive loss of images and texts, logits (B, B); equal keys are positives.
+
+    Returns the loss, the least it can be, and the share of images whose likeliest text is right.
+    """
+    number: dict[tuple, int] = {}
+    kind = torch.tensor([number.setdefault(key, len(number)) for key in keys])
+    same = (kind[:, None] == kind[None, :]).float()
+    target = same / same.sum(1, keepdim=True)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    right = same.gather(1, logits.argmax(1, keepdim=True))
+    return loss, same.sum(1).log().mean(), right.mean()
 
 
 def train_clip(cfg: ShapesConfig) -> None:
@@ -389,8 +460,17 @@ def train_clip(cfg: ShapesConfig) -> None:
 
     A batch holds families of eight scenes that differ in one fact, and scenes with the same facts
     count as each other's positives. Without such families colour and size suffice to tell the
-    scenes of a batch apart, and shape is learned late or never.
+    scenes of a batch apart, and shape is learned late or never. Every image has two captions: one
+    states everything, the other leaves kinds of facts out (see clip_caption). LOG.md tells how
+    long each thing takes to be learned.
     """
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPTokenizer,
+        get_cosine_schedule_with_warmup,
+    )
+
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -398,23 +478,33 @@ def train_clip(cfg: ShapesConfig) -> None:
     scenes: list[Scene] = []
     for _ in range(cfg.families):
         base = make_scene(rng)
-        scenes += [base] + [make_variant(base, rng) for _ in range(7)]
+        while rng.random() < 0.6 and not base.relation:  # the hardest fact, and a rare one
+            base = make_scene(rng)
+        single = sum(g.count for g in base.groups) == 1
+        moved = 3 * single  # the same scene, its object elsewhere
+        scenes += [base] * (1 + moved) + [make_variant(base, rng) for _ in range(7 - moved)]
     out = Path(cfg.out)
-    model, tokenizer, processor = new_clip(out, [c for s in scenes[::7] for c in captions(s, rng)])
-    from transformers import get_cosine_schedule_with_warmup
+    if cfg.start:
+        shutil.copytree(cfg.start, out, dirs_exist_ok=True)
+        model = CLIPModel.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+        tokenizer = CLIPTokenizer.from_pretrained(out)
+        processor = CLIPImageProcessor.from_pretrained(out)
+    else:
+        texts = [c for s in scenes[::7] for c in captions(s, rng)]
+        model, tokenizer, processor = new_clip(out, texts)
+        tokenizer.save_pretrained(out)
+        processor.save_pretrained(out)
 
     side = processor.crop_size["height"]
-    pixels = np.stack(
-        [
-            np.asarray(render(s, rng).resize((side, side), resample=3))
-            for s in tqdm(scenes, desc="rendering", unit="image")
-        ]
-    )  # fmt: skip  (N, 48, 48, 3)
-    keys = [tuple(facts(s)) for s in scenes]
+    spots = [place(s, rng) for s in scenes]
+    images = (render(s, rng, spots=at) for s, at in zip(scenes, spots, strict=True))
+    images = tqdm(images, desc="rendering", total=len(scenes), unit="image")
+    pixels = np.stack([np.asarray(image.resize((side, side), resample=3)) for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
 
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    params = dict(model.named_parameters())
+    decay = [p for n, p in params.items() if p.dim() >= 2 and "position" not in n]
+    rest = [p for n, p in params.items() if p.dim() < 2 or "position" in n]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=cfg.learning_rate, betas=(0.9, 0.98), fused=True,
@@ -432,21 +522,20 @@ def train_clip(cfg: ShapesConfig) -> None:
             dy, dx = rng.randint(0, 4), rng.randint(0, 4)
             x = F.pad(x, (2, 2, 2, 2), mode="replicate")[..., dy : dy + side, dx : dx + side]
             x = x * torch.empty(len(x), 3, 1, 1).uniform_(0.95, 1.05)
-            texts = tokenizer(
-                [caption(scenes[i], rng) for i in chosen], padding=True, return_tensors="pt"
-            )
             with torch.autocast("cpu", torch.bfloat16):
-                images = model.visual_projection(
-                    model.vision_model(pixel_values=(x - mean) / std).pooler_output
-                )
-                words = model.text_projection(model.text_model(**texts).pooler_output)
-            images, words = F.normalize(images.float(), dim=-1), F.normalize(words.float(), dim=-1)
-            logits = model.logit_scale.exp() * images @ words.T  # (B, B)
-            number: dict[tuple, int] = {}
-            kind = torch.tensor([number.setdefault(keys[i], len(number)) for i in chosen])
-            same = (kind[:, None] == kind[None, :]).float()
-            target = same / same.sum(1, keepdim=True)
-            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+                images = model.vision_model(pixel_values=(x - mean) / std).pooler_output
+                images = F.normalize(model.visual_projection(images).float(), dim=-1)  # (B, D)
+            terse = {k for k in ("background", "size", "colour") if rng.random() < 0.5}
+            loss = 0.0
+            for unsaid in (terse, set()):
+                said = [clip_caption(scenes[i], spots[i], unsaid, rng) for i in chosen]
+                texts = tokenizer([text for text, _ in said], padding=True, return_tensors="pt")
+                with torch.autocast("cpu", torch.bfloat16):
+                    words = model.text_projection(model.text_model(**texts).pooler_output)
+                words = F.normalize(words.float(), dim=-1)
+                logits = model.logit_scale.exp() * images @ words.T  # (B, B)
+                whole, floor, accuracy = contrast(logits, [key for _, key in said])
+                loss = loss + whole
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -455,18 +544,14 @@ def train_clip(cfg: ShapesConfig) -> None:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
             if step % 100 == 0 or step == cfg.steps:
-                hits = same.gather(1, logits.argmax(1, keepdim=True)).mean().item()
-                floor = same.sum(1).log().mean().item()  # the loss cannot fall below this
-                row = {"step": step, "loss": loss.item(), "floor": floor, "accuracy": hits,
-                       "scale": model.logit_scale.exp().item(),
+                row = {"step": step, "loss": whole.item(), "floor": floor.item(),
+                       "accuracy": accuracy.item(), "scale": model.logit_scale.exp().item(),
                        "minutes": (time.time() - began) / 60}  # fmt: skip
-                bar.set_postfix(loss=row["loss"] - floor, accuracy=hits)
+                bar.set_postfix(loss=row["loss"] - row["floor"], accuracy=row["accuracy"])
                 log.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
                 log.flush()
             if step % 1000 == 0 or step == cfg.steps:
                 save_half(model, out)
-    tokenizer.save_pretrained(out)
-    processor.save_pretrained(out)
 
 
 def save_half(model, folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ClipLM, ModelConfig
+from model import ClipLM, Dropout, ModelConfig
 from train import loss_sum
 
 BOS, EOS, PAD = 1, 2, 0
@@ -120,6 +120,40 @@ def test_cached_steps_are_one_uncached_pass(beams):
     batch.pop("targets")
     whole = model(embeddings.repeat_interleave(beams, 0), **batch).view(2 * beams, 7, -1)
     assert torch.allclose(torch.stack(logits, 1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    layer, x = Dropout(p), torch.ones(1000, 999, requires_grad=True)
+    torch.manual_seed(0)
+    y = layer(x)
+    gone = (y == 0).float()
+    assert gone.mean().item() == pytest.approx(p, abs=1 / 256 + 1e-3)
+    for shift in (1, 2, 8):  # neighbours that share a draw are independent of each other
+        both = (gone[:, shift:] * gone[:, :-shift]).mean().item()
+        assert both == pytest.approx(gone.mean().item() ** 2, abs=2e-3)
+    assert y.mean().item() == pytest.approx(1, abs=3e-3) and len(y.unique()) == 2
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert not torch.equal(layer(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_attention_with_dropout_is_the_fused_kernels(monkeypatch):
+    """With dropout a CPU takes another path through attention; made to drop nothing, it must give
+    what the fused kernel gives, also at padding."""
+    model = tiny(dropout=0.5)
+    embeddings, images = some_images()
+    batch = {"embeddings": embeddings, **pack(images)}
+    loss = loss_sum(model, batch)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    other = loss_sum(model.train(), batch)
+    assert other.item() == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(gradients, torch.autograd.grad(other, list(model.parameters())), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max())
 
 
 def test_the_decoder_is_transformers_gpt2():

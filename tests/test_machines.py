@@ -1,0 +1,105 @@
+"""Two machines, as two network namespaces: torchrun between them, and a worker that dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_dataset
+from test_train import ROOT, flags, log_of, losses, weights
+
+HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
+
+
+def ip(*args: str, check: bool = True) -> bool:
+    return subprocess.run(["ip", *args], check=check, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts with a cable between them, and nothing else."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    for host in HOSTS:
+        ip("netns", "del", host, check=False)
+    if not all(ip("netns", "add", host, check=False) for host in HOSTS):
+        pytest.skip("this system makes no network namespaces")
+    first, second = HOSTS
+    cable = ("link", "add", "lan", "netns", first, "type", "veth", "peer", "lan", "netns", second)
+    ip(*cable)
+    for host, address in HOSTS.items():
+        ip("-n", host, "address", "add", f"{address}/24", "dev", "lan")
+        for device in ("lo", "lan"):
+            ip("-n", host, "link", "set", device, "up")
+    yield HOSTS
+    for host in HOSTS:
+        ip("netns", "del", host, check=False)
+
+
+def launch(hosts: dict, port: int, *args: str, folders=(".", ".")) -> list[subprocess.Popen]:
+    """The README's command for several machines, on each host, in a working directory of its own
+    where `folders` names two."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lan"}
+    return [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
+             "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--local_addr={address}",
+             f"--rdzv_endpoint={hosts['nc-host0']}:{port}", "--max_restarts=3",
+             str(ROOT / "train.py"), *args],
+            env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for (host, address), folder in zip(hosts.items(), folders, strict=True)
+    ]  # fmt: skip
+
+
+def worker_of(agent: int) -> int:
+    """The train.py that torchrun, the process `agent`, started."""
+    for line in subprocess.check_output(["ps", "-eo", "pid=,ppid=,args="], text=True).splitlines():
+        pid, parent, command = line.split(maxsplit=2)
+        if int(parent) == agent and "train.py" in command:
+            return int(pid)
+    raise AssertionError(f"torchrun, process {agent}, has no worker")
+
+
+def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeypatch):
+    tiny_dataset(tmp_path / "data" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    long = flags(max_iters=120, eval_interval=20, dropout=0.1)
+
+    def wait(runs: list[subprocess.Popen]) -> None:
+        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        assert all(run.returncode == 0 for run in runs), "\n".join(outputs)[-6000:]
+
+    wait(launch(hosts, 29701, *long, "--out_dir=whole"))
+    runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume")
+    log = Path("parts/log.jsonl")
+    for _ in range(2400):
+        if log.is_file() and log.read_text().count('"loss"') >= 50:
+            break
+        time.sleep(0.05)
+    os.kill(worker_of(runs[1].pid), signal.SIGKILL)
+    wait(runs)
+    assert log_of("parts")[-1]["step"] == 120 and losses("parts") == losses("whole")
+    whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+    lines = [json.dumps(row["step"]) for row in log_of("parts") if "loss" in row]
+    assert lines == [str(step) for step in range(1, 121)]  # none lost, none twice
+
+
+def test_machines_that_do_not_share_the_output_folder_are_told(hosts, tmp_path):
+    """One sees last.pt and the other does not: to go on would mix two trainings."""
+    folders = [tmp_path / host for host in hosts]
+    for folder in folders:
+        tiny_dataset(folder / "data" / "tiny")
+    args = flags(max_iters=6)
+    for status, resume in ((0, []), (1, ["--resume"])):
+        runs = launch(hosts, 29703 + status, *args, *resume, folders=folders)
+        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        assert all((run.returncode == 0) == (status == 0) for run in runs), outputs
+    assert "is not the same on every machine" in "".join(outputs)
