@@ -114,18 +114,11 @@ def as_gpt2(model: ClipLM):
     return gpt2.to(weight.device, weight.dtype).train(model.training)
 
 
-def bare_prefix(model: ClipLM, embeddings):
-    """The prefix (B, P, C) without positions, which GPT-2 adds by itself to what it is fed."""
-    x = embeddings.to(next(model.mapper.parameters()).dtype)
-    x = model.mapper(F.normalize(x, dim=-1) if model.cfg.normalize else x)
-    return x.view(len(x), model.cfg.prefix_length, model.cfg.n_embd)
-
-
 @torch.inference_mode()
 def their_captions(gpt2, model: ClipLM, embeddings, ids, cfg: Decoding) -> list[list[int]]:
     """The captions that GPT-2's own `generate` finds, greedily or by beam search."""
     bos = gpt2.transformer.wte.weight[ids.bos].expand(len(embeddings), 1, -1)
-    fed = torch.cat((bare_prefix(model, embeddings), bos), 1)
+    fed = torch.cat((model.project(embeddings), bos), 1)
     beams = {}
     if cfg.method == "beam":  # "never" stops exactly, as we do, where there is a penalty
         stop = "never" if cfg.length_penalty > 0 else False
@@ -396,7 +389,7 @@ class Trainee:
             every = torch.arange(tokens.numel(), device=tokens.device)
             logits = self.model(embeddings, tokens, torch.ones_like(tokens), places, every)
         else:
-            prefix, words = bare_prefix(self.model, embeddings), self.gpt2.transformer.wte(tokens)
+            prefix, words = self.model.project(embeddings), self.gpt2.transformer.wte(tokens)
             mask = F.pad(targets >= 0, (prefix.size(1), 0), value=True)
             fed = torch.cat((prefix.to(words.dtype), words), 1)
             logits = self.gpt2(inputs_embeds=fed, attention_mask=mask).logits[:, prefix.size(1) :]

@@ -54,7 +54,7 @@ class Config:
     clip: str = "assets/shapes-clip"  # encodes the images: a transformers name or a folder
     features: str = "pooled"  # pooled grid: one embedding an image, or one a patch
     grid: int = 0  # grid features: average-pool to grid x grid, 0 keeps all
-    normalize: bool = True  # scale each embedding to unit L2 length
+    normalize: bool = True  # scale each embedding to one length, as CLIP compares them
     embeddings: str = ""  # .npy of your own embeddings, used instead of images
     embedding_names: str = ""  # text file: the file name of each row's image, one a line
     val_images: int = 0  # moved from train to val when the source has no val split

@@ -38,7 +38,7 @@ class ModelConfig:
     embedding_dim: int = 512  # D
     n_positions: int = 1  # embeddings an image has: 1 if pooled
     n_prefix: int = 10  # P, for pooled features; grid features have P = n_positions
-    normalize: bool = True  # scale each embedding to unit length, as CLIP compares them
+    normalize: bool = True  # scale each embedding to one length, as CLIP compares them
     mapper: str = "linear"  # from embedding to prefix: linear or mlp
     n_layer: int = 6
     n_head: int = 8
@@ -201,16 +201,21 @@ class ClipLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def prefix(self, embeddings):
-        """Image embeddings (B, n_positions, D), any float type -> prefix embeddings (B, P, C).
-
-        The one place where embeddings are normalised, in training and in use alike.
-        """
-        x = embeddings.to(self.lm_head.weight.dtype)
-        if self.cfg.normalize:
-            x = F.normalize(x, dim=-1)
-        x = self.mapper(x)  # (B, 1, P * C) or (B, P, C)
-        x = x.view(len(x), self.cfg.prefix_length, self.cfg.n_embd)
+        """Image embeddings (B, n_positions, D), any float type -> prefix embeddings (B, P, C)."""
+        x = self.project(embeddings)
         return x + self.transformer.wpe.weight[: x.size(1)]
+
+    def project(self, embeddings):
+        """The prefix without its positions.
+
+        The one place where embeddings are normalised, in training and in use alike: to numbers of
+        size 1 (a vector of length sqrt(D)), as linear layers expect them.
+        """
+        x = embeddings.to(next(self.mapper.parameters()).dtype)
+        if self.cfg.normalize:
+            x = F.normalize(x, dim=-1) * math.sqrt(x.size(-1))
+        x = self.mapper(x)  # (B, 1, P * C) or (B, P, C)
+        return x.view(len(x), self.cfg.prefix_length, self.cfg.n_embd)
 
     # -- training: packed rows ----------------------------------------------------------------
 

@@ -38,6 +38,14 @@ PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --r
 # Where it runs
 
 
+def computes_in_bfloat16(kind: str) -> bool:
+    """Whether a device does so in hardware, and so faster than in float32."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # PyTorch has no public way
+    return kind == "cpu" and asked is not None and asked()
+
+
 class Place:
     """Device, precision, and this process's `rank` among `world` (1 without torchrun)."""
 
@@ -61,9 +69,7 @@ class Place:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
         if dtype == "auto":
-            dtype = (
-                "bfloat16" if self.kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-            )
+            dtype = "bfloat16" if computes_in_bfloat16(self.kind) else "float32"
         self.dtype = getattr(torch, dtype)
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.kind == "cuda" else "gloo")

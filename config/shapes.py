@@ -23,9 +23,9 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 64
-max_iters = 1000
+max_iters = 1700
 learning_rate = 2e-3
 min_lr = 2e-5
 warmup_iters = 50
-eval_interval = 250
+eval_interval = 425
 eval_images = 250

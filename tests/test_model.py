@@ -160,7 +160,6 @@ def test_the_decoder_is_transformers_gpt2():
     """The same weights in GPT2LMHeadModel, fed our prefix and tokens as `inputs_embeds`."""
     transformers = pytest.importorskip("transformers")
     model = tiny(bias=True)
-    cfg = model.cfg
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2,
                                 activation_function="gelu_new", resid_pdrop=0, embd_pdrop=0,
@@ -175,7 +174,7 @@ def test_the_decoder_is_transformers_gpt2():
     embeddings, _ = some_images(2)
     captions = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(3))
     tokens = F.pad(captions, (1, 0), value=BOS)
-    prefix = model.prefix(embeddings) - model.transformer.wpe.weight[: cfg.prefix_length]
+    prefix = model.project(embeddings)
     inputs = torch.cat((prefix, model.transformer.wte(tokens)), 1)
     batch = pack([[c] for c in captions.tolist()])
     batch.pop("targets")
