@@ -76,7 +76,7 @@ class Dropout(nn.Module):
         drop = min(255, math.ceil(256 * self.p))
         draws = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
         kept = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
-        return x * kept * (256 / (256 - drop))
+        return x * kept.to(x.dtype).mul_(256 / (256 - drop))
 
 
 class Attention(nn.Module):
