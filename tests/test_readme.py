@@ -51,9 +51,15 @@ def test_every_script_and_setting_it_names_exists():
             or (ROOT / "tests" / name).is_file()
             or list(ROOT.glob(f"config/{name}"))
         ), name
+    import bench_prepare
+    import bench_scale
+
+    import bench
     from configurator import Config, kinds_of
     from sample import SampleConfig
 
-    known = {*kinds_of(Config), *kinds_of(SampleConfig), "nproc_per_node", "nnodes", "rdzv_backend",
-             "rdzv_endpoint", "max_restarts", "out", "help"}  # fmt: skip
+    settings = (Config, SampleConfig, bench.TrainBench, bench.DecodeBench, bench_prepare.Bench,
+                bench_scale.ScaleConfig)  # fmt: skip
+    known = {name for kind in settings for name in kinds_of(kind)}
+    known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts out help".split())
     assert not set(re.findall(r"--(\w+)", README)) - known
