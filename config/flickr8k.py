@@ -4,7 +4,9 @@
     python train.py config/flickr8k.py
     python sample.py --ckpt out/flickr8k/ckpt.pt --split val --method beam
 
-Not measured to the end yet. The images are for non-commercial research.
+Measured on MobileNet embeddings (not CLIP's): 20 minutes on two cores in bfloat16, validation CIDEr .43 by
+beam search, .46 with --length_penalty=1.0 --no_repeat_ngram=3. The images are for non-commercial
+research.
 """
 
 dataset = "flickr8k"

@@ -4,6 +4,9 @@
     python prepare.py config/shapes.py
     python train.py config/shapes.py
     python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
+
+Four minutes of training on two cores in bfloat16. Expect facts F1 .92 on test and .81 on novel, and
+CIDEr 5.0 and 4.3.
 """
 
 dataset = "shapes"
