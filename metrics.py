@@ -402,7 +402,7 @@ def _read(path: str) -> list[dict]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         rows = list(csv.DictReader(io.StringIO(text, ""))) if is_csv else json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         kind = "CSV" if is_csv else "JSON"
         raise ValueError(f"{path} is not {kind} in UTF-8: {error}") from None
     finally:
@@ -465,10 +465,14 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, dict[str, in
     }
 
 
+def _line(message: str) -> str:
+    """One line, whatever it quotes: control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line, as everywhere: no usage above it
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        self.exit(2, f"{self.prog}: {text}\n")
+        self.exit(2, f"{self.prog}: {_line(message)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -492,8 +496,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.df != "references":
             options["document_frequencies"], _ = read_references(args.df)
         corpus, _ = score(hypotheses, references, **options)
-    except ValueError as error:
-        raise SystemExit(f"metrics.py: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"metrics.py: {_line(str(error))}") from None
     counts["references_not_text"] = left_out
 
     for name, value in corpus.items():

@@ -350,7 +350,7 @@ USUAL = {  # script -> a command that works
 }
 SHARES = {"train.py": 150, "prepare.py": 200, "sample.py": 200, "metrics.py": 190,
           "gallery.py": 160, "plot.py": 40, "shapes.py": 30, "bench.py": 30}  # fmt: skip
-COMMANDS = int(os.environ.get("FUZZ", 200))  # FUZZ=1000 runs them all
+COMMANDS = int(os.environ.get("FUZZ", 1000))  # fewer for a quick look
 
 
 @pytest.fixture(scope="module")
@@ -441,4 +441,4 @@ def test_any_arguments_end_in_success_or_one_clear_line(trained, tmp_path, monke
     assert sum(map(len, ended.values())) == COMMANDS
     assert all(set(found) & {1, 2} for found in ended.values())  # both ends are met
     assert all(0 in found for script, found in ended.items() if script != "bench.py")
-    assert not wrong, f"{len(wrong)}, the first: {wrong[0]}"
+    assert not wrong, f"{len(wrong)}: " + "\n".join(text[-700:] for text in wrong[:5])
