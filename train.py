@@ -10,6 +10,7 @@ last.pt, from which --resume goes on; log.jsonl, every line that was logged.
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -72,7 +73,15 @@ class Place:
             dtype = "bfloat16" if computes_in_bfloat16(self.kind) else "float32"
         self.dtype = getattr(torch, dtype)
         if self.world > 1:
+            from torch import _dynamo  # noqa: F401 - imported later, it keeps the group from closing
+
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.kind == "cuda" else "gloo")
+
+    def leave(self) -> None:
+        """Closes the process group: gloo's threads, alive when Python ends, would abort it."""
+        gc.collect()  # nothing may hold the group any more
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def autocast(self):
         return torch.autocast(self.kind, self.dtype, enabled=self.dtype != torch.float32)
@@ -376,6 +385,15 @@ def check_resumable(
 def main(cfg: Config) -> dict:
     """Trains as `cfg` says. Returns the last evaluation's figures."""
     place = Place(cfg.device, cfg.dtype)
+    step, scores = loop(cfg, place)
+    place.leave()
+    if step < cfg.max_iters:
+        sys.exit(PREEMPTED)
+    return scores
+
+
+def loop(cfg: Config, place: Place) -> tuple[int, dict]:
+    """Returns the last step, below max_iters after a signal, and the last evaluation's figures."""
     signals = Signals(echo=5.0 if place.world > 1 else 0.0)
     train, val = Split(cfg.data_dir, "train"), Split(cfg.data_dir, "val")
     meta, size = train.meta, model_config(cfg, train.meta, len(train.tokenizer))
@@ -497,15 +515,13 @@ def main(cfg: Config) -> dict:
         if stopping and step < cfg.max_iters:
             log.track.close("KILLED")
             log.say(f"stopped by a signal after step {step}: run again with --resume")
-            sys.exit(PREEMPTED)
+            return step, scores
     log.bar.close()
     if log.master:
         log.track.artifact(best)
         log.track.close()
         print(f"best CIDEr {highest:.4f} in {best}")
-    if place.world > 1:
-        dist.destroy_process_group()
-    return scores
+    return step, scores
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from conftest import tiny_dataset  # noqa: E402
-from test_train import finish, flags, losses, start  # noqa: E402
+from test_train import children, finish, flags, losses, start  # noqa: E402
 
 from configurator import configure, run  # noqa: E402
 
@@ -41,11 +41,9 @@ class KillConfig:
 
 def family(pid: int) -> list[int]:
     """A process and its descendants: torchrun puts its workers into sessions of their own."""
-    table = subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True)
-    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
     members = [pid]
     for member in members:  # it grows meanwhile
-        members += [child for child, parent in pairs if parent == member]
+        members += children(member)
     return members
 
 

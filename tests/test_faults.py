@@ -21,6 +21,7 @@ from conftest import tiny_dataset
 from test_train import (
     ROOT,
     SMALL,
+    children,
     finish,
     flags,
     log_of,
@@ -306,8 +307,7 @@ def test_a_signal_to_torchrun_and_to_its_processes_is_one_signal(here):
     args = flags(max_iters=5000, eval_interval=5000, out_dir="parts")
     run = start("train.py", *args, processes=2)
     wait_for_steps(here / "parts/log.jsonl", 5)
-    children = subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines()
-    workers = [int(c.split()[0]) for c in children if int(c.split()[1]) == run.pid]
+    workers = children(run.pid)
     assert len(workers) == 2
     for pid in (*workers, run.pid):
         os.kill(pid, signal.SIGTERM)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.request
 
 import pytest
@@ -163,6 +164,13 @@ class Browser:
     def js(self, script, *args):
         return self.post("/execute/sync", script=script, args=args)
 
+    def wait(self, script, expected):
+        for _ in range(100):
+            if (found := self.js(script)) == expected:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{script}: {found!r}, not {expected!r}, after 10 seconds")
+
     def texts(self, selector):
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
         return self.js(script, selector)
@@ -216,8 +224,7 @@ def look_around(browser, entries, width):
     assert browser.texts(".card .picture")[7] == f"{EVIL}.png"
     assert browser.js("return document.documentElement.scrollWidth") <= width
     browser.js("scrollTo(0, 1e6)")
-    browser.js("return new Promise(done => setTimeout(done, 300))")
-    assert len(browser.texts(captions)) == 100
+    browser.wait("return document.querySelectorAll('.card > .caption').length", 100)
 
     # Order.
     browser.js("document.querySelector('[value=best]').click()")
@@ -279,7 +286,7 @@ def look_around(browser, entries, width):
     browser.type(ESCAPE)
     assert not browser.js("return document.querySelector('#dialog').open")
     focused = "return document.activeElement.querySelector('.caption').textContent"
-    assert browser.js(focused) == "a dog number 6"
+    browser.wait(focused, "a dog number 6")  # set by the close event, which comes a little later
 
     # And by pointer.
     browser.js("scrollTo(0, 0)")

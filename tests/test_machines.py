@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_dataset
-from test_train import ROOT, flags, log_of, losses, weights
+from test_train import ROOT, children, flags, log_of, losses, weights
 
 HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
 
@@ -61,15 +61,6 @@ def launch(
     ]  # fmt: skip
 
 
-def worker_of(agent: int) -> int:
-    """The train.py that torchrun, the process `agent`, started."""
-    for line in subprocess.check_output(["ps", "-eo", "pid=,ppid=,args="], text=True).splitlines():
-        pid, parent, command = line.split(maxsplit=2)
-        if int(parent) == agent and "train.py" in command:
-            return int(pid)
-    raise AssertionError(f"torchrun, process {agent}, has no worker")
-
-
 def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeypatch):
     tiny_dataset(tmp_path / "data" / "tiny")
     monkeypatch.chdir(tmp_path)
@@ -86,7 +77,8 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
         if log.is_file() and log.read_text().count('"loss"') >= 50:
             break
         time.sleep(0.05)
-    os.kill(worker_of(runs[1].pid), signal.SIGKILL)
+    (worker,) = children(runs[1].pid)
+    os.kill(worker, signal.SIGKILL)
     wait(runs)
     assert log_of("parts")[-1]["step"] == 120 and losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")

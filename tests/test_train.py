@@ -53,6 +53,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     return out + err
 
 
+def children(pid: int) -> list[int]:
+    """The processes that process `pid` started: of torchrun, its workers."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
 def log_of(out) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -152,9 +158,8 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     run = start("train.py", *args, processes=processes)
     wait_for_steps(here / "parts/log.jsonl", 20)
     if processes:  # as a scheduler does it: every worker gets the signal
-        subprocess.run(
-            ["pkill", "-TERM", "-f", "--", f"{ROOT}/train.py.*out_dir=parts"], check=False
-        )
+        for worker in children(run.pid):
+            os.kill(worker, signal.SIGTERM)
         run.communicate(timeout=120)
     else:
         run.send_signal(signal.SIGTERM)
@@ -164,6 +169,35 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+LEAVING = """
+import atexit, os, subprocess, sys, threading, time
+sys.path.insert(0, {root!r})
+import train
+from configurator import Config, configure, run
+
+@atexit.register
+def threads():
+    time.sleep(0.5)  # one that was joined is listed for a moment more
+    listed = subprocess.check_output(["ps", "-T", "-o", "comm=", "-p", str(os.getpid())], text=True)
+    print("left:", listed.count("gloo"), threading.active_count(), flush=True)
+
+run(train.main, configure(Config, sys.argv[1:], ""))
+"""
+
+
+def test_no_thread_of_ours_or_of_gloo_is_left_when_python_ends(here):
+    """One that lets go of a tensor then aborts the process (see PyTorch, pull request 179291)."""
+    Path("leaving.py").write_text(LEAVING.format(root=str(ROOT)))
+    run = start(here / "leaving.py", *flags(max_iters=100_000, eval_interval=10), processes=2)
+    wait_for_steps(here / "out/tiny/log.jsonl", 30)
+    for worker in children(run.pid):
+        os.kill(worker, signal.SIGTERM)
+    output = finish(run, status=1)
+    assert f"exitcode  : {train.PREEMPTED}" in output and output.count("left: 0 1") == 2, output
+    run = start(here / "leaving.py", *flags(), processes=2)
+    assert finish(run).count("left: 0 1") == 2
 
 
 def test_sigkill_at_random_moments_loses_nothing(here):
