@@ -162,14 +162,15 @@ class Recomputing:
         return [(embeddings, embeddings)]
 
     def step(self, tokens, position: int, prefix, cache=None):
-        tokens = tokens[:, None]
-        if cache is not None:
-            tokens = torch.cat((cache[0][0], tokens), 1)  # (N, position + 1)
-        embeddings = prefix[0][0].repeat_interleave(len(tokens) // len(prefix[0][0]), 0)
+        tokens, own = tokens[:, None], [] if prefix else cache[:1]  # its own image, or a shared one
+        if past := (cache or [])[len(own) :]:
+            tokens = torch.cat((past[0][0], tokens), 1)  # (N, position + 1)
+        embeddings = (prefix or own)[0][0]
+        embeddings = embeddings.repeat_interleave(len(tokens) // len(embeddings), 0)
         places = torch.arange(position + 1, device=tokens.device).expand_as(tokens)
         last = torch.arange(1, len(tokens) + 1, device=tokens.device) * (position + 1) - 1
         logits = self.model(embeddings, tokens, torch.ones_like(tokens), places, last)
-        return logits, [(tokens, tokens)]
+        return logits, [*own, (tokens, tokens)]
 
 
 class Counting:
@@ -337,22 +338,25 @@ class Synthetic(Split):
         self.tokens[self.captions[:-1]] = self.tokenizer.bos
         self.rows = self.captions[::R]
         self.lengths, self.n_captions = np.diff(self.rows), np.full(images, R)
+        self.clipcap_width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
         shape = images, size.n_positions, size.embedding_dim
         self.embeddings = rng.standard_normal(shape, np.float32).astype(np.float16)
 
-    def separate(self, rows: np.ndarray) -> dict:
-        """The same captions as examples of their own, (B * R, S), padded to the longest; targets
+    def captions_of(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers of the captions of these images."""
+        return (rows[:, None] * self.n_captions[0] + np.arange(self.n_captions[0])).flatten()
+
+    def separate(self, captions: np.ndarray, width: int = 0) -> dict:
+        """Captions as examples of their own, (N, S), padded to the longest or to `width`; targets
         are -100 at padding. Each has a copy of its image's embedding."""
-        R = int(self.n_captions[0])
-        captions = (rows[:, None] * R + np.arange(R)).flatten()
         pieces = [self.tokens[self.captions[c] : self.captions[c + 1]] for c in captions]
-        width = max(map(len, pieces))
+        width = width or max(map(len, pieces))
         tokens = np.full((len(pieces), width), self.tokenizer.pad)
         targets = np.full((len(pieces), width), -100)
         for i, piece in enumerate(pieces):
             tokens[i, : len(piece)] = piece
             targets[i, : len(piece)] = [*piece[1:], self.tokenizer.eos]
-        embeddings = self.embedding(rows).repeat_interleave(R, 0)
+        embeddings = self.embedding(captions // self.n_captions[0])
         return {"embeddings": embeddings, "tokens": torch.from_numpy(tokens),
                 "targets": torch.from_numpy(targets)}  # fmt: skip
 
@@ -362,8 +366,13 @@ CONTESTANTS = ("ours", "padded", "transformers")
 
 
 class Trainee:
-    """A model, its optimizer and its loss: `ours`, on packed rows; `padded`, the same model on
-    separate examples; `transformers`, GPT-2 on separate examples."""
+    """A model, its optimizer and its loss.
+
+    ours: packed rows, images of like length in a batch, as train.py has them.
+    padded: the same model on separate examples, padded to the longest of their batch.
+    transformers: GPT-2 on separate examples, padded to the one length that ClipCap gives all, ten
+        standard deviations above the mean.
+    """
 
     def __init__(self, name: str, case: Case, place: Place):
         self.name, self.place = name, place
@@ -376,8 +385,16 @@ class Trainee:
         self.params = params
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=place.kind != "mps")
 
-    def batch(self, split: Synthetic, rows: np.ndarray) -> dict:
-        return split.pack(rows) if self.name == "ours" else split.separate(rows)
+    def batch(self, split: Synthetic, order: Order, turn: int) -> tuple[dict, int]:
+        """A batch and how many targets it has. Separate examples meet at random."""
+        rows = order.batch(turn)
+        if self.name == "ours":
+            return split.pack(rows), int(split.lengths[rows].sum())
+        n = len(rows) * split.n_captions[0]
+        drawn = np.random.default_rng(0).permutation(len(split.captions) - 1)
+        captions = drawn[turn * n : (turn + 1) * n]
+        width = split.clipcap_width if self.name == "transformers" else 0
+        return split.separate(captions, width), int(np.diff(split.captions)[captions].sum())
 
     def loss(self, batch: dict):
         """Cross-entropy, summed over the targets."""
@@ -422,8 +439,7 @@ def peak_memory(name: str, case: Case) -> float:
     split = Synthetic(case.model().cfg, 3 * case.bench.batch_size, case.R)
     order = Order(0, split.lengths, case.bench.batch_size)
     for step in range(3):
-        rows = order.batch(step)
-        trainee.step(trainee.batch(split, rows), int(split.lengths[rows].sum()))
+        trainee.step(*trainee.batch(split, order, step))
     return peak() - before
 
 
@@ -436,35 +452,35 @@ def peaks_of(cases: list[Case]) -> list[list[float]]:
 
 
 def compare(case: Case, peaks: list[float]) -> dict:
-    """Times the three on the same batches, after checking that they compute the same loss."""
+    """Times a step of each, as many captions a step, and their losses on the very same batch."""
     bench = case.bench
     place = Place(bench.device, case.dtype)
     trainees = [Trainee(name, case, place) for name in CONTESTANTS]
-    split = Synthetic(case.model().cfg, 32 * bench.batch_size, case.R)
+    split = Synthetic(case.model().cfg, max(32, bench.turns) * bench.batch_size, case.R)
     order = Order(0, split.lengths, bench.batch_size)
-    turns = [order.batch(turn) for turn in range(bench.turns)]
-    counts = [int(split.lengths[rows].sum()) for rows in turns]
-
-    losses = []
+    rows = order.batch(0)
+    losses, same = [], (split.pack(rows), split.separate(split.captions_of(rows)))
     for t in trainees:
         for model in filter(None, (t.model, t.gpt2)):
             model.eval()  # no dropout
         with torch.no_grad(), place.autocast():
-            losses.append(t.loss(place.put(t.batch(split, turns[0]))).item() / counts[0])
+            batch = place.put(same[t.name != "ours"])
+            losses.append(t.loss(batch).item() / split.lengths[rows].sum())
         for model in filter(None, (t.model, t.gpt2)):
             model.train()
 
     def work(t: Trainee):
         if t.name == "ours":  # packs as it goes; the others find their batches ready
-            return lambda turn: t.step(split.pack(turns[turn]), counts[turn])
-        ready = [t.batch(split, rows) for rows in turns]
-        return lambda turn: t.step(ready[turn], counts[turn])
+            return lambda turn: t.step(*t.batch(split, order, turn))
+        ready = [t.batch(split, order, turn) for turn in range(bench.turns)]
+        return lambda turn: t.step(*ready[turn])
 
     rates: list[float] = []
     contestants = {t.name: work(t) for t in trainees}
     contestants["machine"] = lambda turn: rates.append(place.matmul_rate())
     seconds = in_turn(place, contestants, bench.turns)
     del seconds["machine"]
+    counts = [int(split.lengths[order.batch(turn)].sum()) for turn in range(bench.turns)]
     flops = [trainees[0].model.flops(bench.batch_size, n, n) for n in counts]
     rate = statistics.median(rates)
     mfu = spread(f / s / rate for f, s in zip(flops, seconds["ours"], strict=True))

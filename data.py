@@ -287,11 +287,11 @@ class Split:
         """The images' embeddings and packed captions, as `ClipLM.forward` takes them.
 
         Returns embeddings (B, P, D) float16; tokens, segments and positions (B, S) int64, with S
-        the longest row rounded up to a multiple of 8; where and targets (M,) int64: the places
-        of the real tokens among B * S, and the id that follows each (eos after a caption's last).
+        the longest row; where and targets (M,) int64: the places of the real tokens among B * S,
+        and the id that follows each (eos after a caption's last).
         """
         bos, eos, lengths = self.tokenizer.bos, self.tokenizer.eos, self.lengths[rows]
-        width = -(-int(lengths.max()) // 8) * 8  # S
+        width = int(lengths.max())  # S
         index = np.arange(width)
         real = index < lengths[:, None]  # (B, S)
         flat = np.concatenate([self.tokens[self.rows[i] : self.rows[i + 1]] for i in rows])

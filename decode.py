@@ -110,9 +110,12 @@ def draw(logits, uniform, cfg: Decoding):
 # What all strategies share
 
 
-def start(model, embeddings, ids, prompt: list[int]):
-    """Feeds prefix, bos and prompt. Returns the prefix, and logits (B, V) and cache after it."""
+def start(model, embeddings, ids, prompt: list[int], K: int):
+    """Feeds prefix, bos and prompt. Returns the prefix, and logits (B, V) and cache after it. With
+    one row an image there is nothing to share: the cache begins with the prefix, which is None."""
     prefix, cache = model.prefill(embeddings), None
+    if K == 1:
+        prefix, cache = None, prefix
     for position, token in enumerate([ids.bos, *prompt]):
         tokens = torch.full((len(embeddings),), token, device=embeddings.device)
         logits, cache = model.step(tokens, position, prefix, cache)
@@ -121,7 +124,7 @@ def start(model, embeddings, ids, prompt: list[int]):
 
 def take(pairs, rows):
     """The given rows of each layer's (k, v)."""
-    return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
+    return pairs and [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
 
 
 def as_captions(written, shares, ids, prompt: list[int]) -> list[Caption]:
@@ -150,17 +153,17 @@ def follow(model, embeddings, ids, cfg: Decoding, prompt: list[int], numbers) ->
         draws = [torch.rand(n, L, generator=g) for g in generators]
         uniform = torch.cat([*draws, torch.zeros(1, L)]).to(device, torch.float64)  # (N + 1, L)
 
-    prefix, logits, cache = start(model, embeddings, ids, prompt)
+    prefix, logits, cache = start(model, embeddings, ids, prompt, n)
     slot = torch.arange(N, device=device).view(B, n)  # (G, K): the result that each row writes
     rows = slot.flatten() // n
-    logits, cache = logits[rows], take(cache, rows)
+    if n > 1:
+        logits, cache = logits[rows], take(cache, rows)
     for t in range(len(prompt), L):
-        at, logits = slot.flatten(), logits.float()  # (G * K,), (G * K, V)
-        norm = logits.logsumexp(-1)
-        forbid(logits, written[at, :t], ids, cfg)
-        token = draw(logits, uniform[at, t], cfg) if cfg.method == "sample" else logits.argmax(-1)
+        at, logp = slot.flatten(), torch.log_softmax(logits.float(), -1)  # (G * K,), (G * K, V)
+        forbid(logp, written[at, :t], ids, cfg)
+        token = draw(logp, uniform[at, t], cfg) if cfg.method == "sample" else logp.argmax(-1)
         written[at, t] = token
-        shares[at, t] = logits.gather(1, token[:, None])[:, 0] - norm
+        shares[at, t] = logp.gather(1, token[:, None])[:, 0]
 
         # -- who goes on: images with a caption unfinished, as many rows each as the busiest needs
         slot = slot.masked_fill(token.view_as(slot) == ids.eos, N)
@@ -197,7 +200,7 @@ def beam_search(model, embeddings, ids, cfg: Decoding, prompt: list[int]) -> lis
     best_written = torch.full((B, n, L), ids.eos, device=device)  # their ids,
     best_shares = torch.zeros(B, n, L, device=device)  # and log p of each id
 
-    prefix, logits, cache = start(model, embeddings, ids, prompt)
+    prefix, logits, cache = start(model, embeddings, ids, prompt, cfg.beams)
     alive = torch.arange(B, device=device)  # (G,) the images that are not done
     total = torch.zeros(B, 1, device=device)  # (G, K) log p of each beam; K is 1 at first
     written = torch.full((B, 1, L), ids.eos, device=device)  # (G, K, L)

@@ -66,13 +66,10 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x):
-        if (
-            not self.training
-            or not self.p
-            or x.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
-            return F.dropout(x, self.p, self.training)
+        if not (self.training and self.p):
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p)
         drop = min(255, math.ceil(256 * self.p))
         draws = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
         kept = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
@@ -110,7 +107,7 @@ class Attention(nn.Module):
         return self.merge(y), (k, v)
 
     def step(self, x, prefix, cache):
-        """One new token a row, x (N, 1, C), that sees its image's prefix and its own past.
+        """One new token a row, x (N, 1, C), that sees its own past and, if given, a prefix.
 
         The K rows of an image share the prefix's keys and values, which lie once in memory: to
         the prefix they are K queries of one image. Own past and prefix meet in the softmax.
@@ -118,6 +115,8 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)  # (N, nh, 1, hs)
         if cache is not None:
             k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)  # (N, nh, t, hs)
+        if prefix is None:
+            return self.merge(F.scaled_dot_product_attention(q, k, v)), (k, v)
         (N, nh, _, hs), (B, P) = q.shape, (prefix[0].size(0), prefix[0].size(2))
         q = q / math.sqrt(hs)
         beams = q.view(B, N // B, nh, hs).transpose(1, 2)  # (B, nh, K, hs)
@@ -272,15 +271,15 @@ class ClipLM(nn.Module):
         Args:
             tokens: (N,) int64, each row's newest token; rows n K .. n K + K - 1 are of image n.
             position: its place in the caption, from 0 (bos); the same for all rows.
-            prefix: from `prefill`, of the N / K images.
+            prefix: from `prefill`, of the N / K images; None where it is the cache's beginning.
             cache: for each layer the pair (k, v), (N, nh, position, hs), of the tokens before;
-                None at bos.
+                None at bos. It may begin with the prefix where no two rows share one.
         """
         at = position + self.cfg.prefix_length
         x = self.transformer.wte(tokens)[:, None] + self.transformer.wpe.weight[at]  # (N, 1, C)
         x, new = self.transformer.drop(x), []
         for i, block in enumerate(self.transformer.h):
-            x, kv = block.step(x, prefix[i], cache and cache[i])
+            x, kv = block.step(x, prefix and prefix[i], cache and cache[i])
             new.append(kv)
         return self.lm_head(self.transformer.ln_f(x[:, 0])), new
 

@@ -10,6 +10,7 @@ last.pt, from which --resume goes on; log.jsonl, every line that was logged.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import math
@@ -47,6 +48,15 @@ def computes_in_bfloat16(kind: str) -> bool:
     return kind == "cpu" and asked is not None and asked()
 
 
+def keep_freed_memory() -> None:
+    """Asks the C library to keep what tensors free: pages fresh from the system, at every step,
+    take a CPU a twentieth of it (LOG.md). Only glibc (Linux) can be asked."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only tensors above 1 GB are mapped on their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and freed memory stays, up to 2 GB of it
+
+
 class Place:
     """Device, precision, and this process's `rank` among `world` (1 without torchrun)."""
 
@@ -66,6 +76,8 @@ class Place:
             raise UserError(f"device={device}: this PyTorch sees only {' '.join(there)}")
         self.device = torch.device(device)
         self.kind = self.device.type
+        if self.kind == "cpu":
+            keep_freed_memory()
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32

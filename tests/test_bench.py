@@ -35,13 +35,14 @@ def test_synthetic_captions_have_cocos_lengths():
 
 def test_separate_examples_hold_what_packed_rows_hold():
     split, rows = bench.Synthetic(ModelConfig(), 12, 5), np.array([7, 0, 11])
-    packed, separate = split.pack(rows), split.separate(rows)
+    packed, separate = split.pack(rows), split.separate(split.captions_of(rows))
     real = separate["targets"] >= 0
     tokens = packed["tokens"].flatten()[packed["where"]]
     assert torch.equal(separate["tokens"][real], tokens)
     assert torch.equal(separate["targets"][real], packed["targets"])
     assert torch.equal(separate["embeddings"][::5], packed["embeddings"])
     assert real.any(0).all()  # padded to the longest, not further
+    assert split.separate(np.array([3]), 44)["tokens"].shape == (1, 44)
 
 
 def test_train_runs_and_the_losses_agree(capsys):
