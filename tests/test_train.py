@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import signal
 import subprocess
@@ -98,6 +99,29 @@ def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
     one, cut = weights("one/last.pt"), weights("cut/last.pt")
     for name, value in one.items():
         assert torch.allclose(value, cut[name], atol=2e-4), name
+
+
+FAULTS = """
+import resource, sys, torch, train
+if sys.argv[1] == "kept":
+    train.Place("cpu", "float32")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(22):
+    torch.ones(2**24)  # 64 MB
+    if step == 1:
+        before = faults()
+print(faults() - before)
+"""
+
+
+def test_memory_that_tensors_free_is_kept_and_not_fetched_anew():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can be asked to keep it")
+    kept, fetched = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=ROOT))
+        for how in ("kept", "fetched")
+    )
+    assert kept * 10 < fetched
 
 
 def test_compiling_makes_few_graphs_and_changes_no_loss(here, monkeypatch):
