@@ -43,15 +43,15 @@ def hosts():
 
 
 def launch(
-    hosts: dict, port: int, *args: str, folders=(".", "."), workers: int = 1, restarts: int = 3
+    hosts: dict, port: int, *args: str, folders=(".", "."), restarts: int = 3
 ) -> list[subprocess.Popen]:
-    """The README's command for several machines, with `workers` on each host, in a working
-    directory of its own where `folders` names two."""
+    """The README's command for several machines, on each host, in a working directory of its own
+    where `folders` names two."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lan"}
     return [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
-             "--nnodes=2", f"--nproc_per_node={workers}", f"--max_restarts={restarts}",
+             "--nnodes=2", "--nproc_per_node=1", f"--max_restarts={restarts}",
              "--rdzv_backend=c10d", f"--local_addr={address}",
              f"--rdzv_endpoint={hosts['nc-host0']}:{port}",
              f"--rdzv_conf=is_host={host == 'nc-host0'}",  # these have no host names to tell it
@@ -71,8 +71,8 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
         outputs = [run.communicate(timeout=300)[0] for run in runs]
         assert all(run.returncode == 0 for run in runs), "\n".join(outputs)[-6000:]
 
-    wait(launch(hosts, 29701, *long, "--out_dir=whole", workers=2))
-    runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume", workers=2)
+    wait(launch(hosts, 29701, *long, "--out_dir=whole"))
+    runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume")
     log = Path("parts/log.jsonl")
     for _ in range(2400):
         if log.is_file() and log.read_text().count('"loss"') >= 50:

@@ -205,7 +205,7 @@ from configurator import Config, configure, run
 def threads():
     time.sleep(0.5)  # one that was joined is listed for a moment more
     listed = subprocess.check_output(["ps", "-T", "-o", "comm=", "-p", str(os.getpid())], text=True)
-    print("left:", listed.count("gloo"), threading.active_count(), flush=True)
+    sys.stdout.write(f"left: {{listed.count('gloo')}} {{threading.active_count()}}\\n")
 
 run(train.main, configure(Config, sys.argv[1:], ""))
 """
