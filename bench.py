@@ -31,7 +31,7 @@ from configurator import UserError, configure, one_of, run, within
 from data import Order, Split
 from decode import Decoding, generate
 from model import ClipLM, ModelConfig
-from train import Place, loss_sum
+from train import Place, keep_freed_memory, loss_sum
 
 # ---------------------------------------------------------------------------------------------
 # Taking turns
@@ -375,6 +375,7 @@ class Trainee:
     """
 
     def __init__(self, name: str, case: Case, place: Place):
+        keep_freed_memory()  # as train.py does
         self.name, self.place = name, place
         self.model = case.model().to(place.device)
         self.gpt2, params = None, list(self.model.parameters())

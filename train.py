@@ -76,8 +76,6 @@ class Place:
             raise UserError(f"device={device}: this PyTorch sees only {' '.join(there)}")
         self.device = torch.device(device)
         self.kind = self.device.type
-        if self.kind == "cpu":
-            keep_freed_memory()
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
@@ -397,6 +395,7 @@ def check_resumable(
 def main(cfg: Config) -> dict:
     """Trains as `cfg` says. Returns the last evaluation's figures."""
     place = Place(cfg.device, cfg.dtype)
+    keep_freed_memory()
     step, scores = loop(cfg, place)
     place.leave()
     if step < cfg.max_iters:

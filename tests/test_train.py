@@ -104,7 +104,7 @@ def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
 FAULTS = """
 import resource, sys, torch, train
 if sys.argv[1] == "kept":
-    train.Place("cpu", "float32")
+    train.keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for step in range(30):
     torch.ones(2**24)  # 64 MB
