@@ -162,15 +162,13 @@ class Recomputing:
         return [(embeddings, embeddings)]
 
     def step(self, tokens, position: int, prefix, cache=None):
-        tokens, own = tokens[:, None], [] if prefix else cache[:1]  # its own image, or a shared one
-        if past := (cache or [])[len(own) :]:
-            tokens = torch.cat((past[0][0], tokens), 1)  # (N, position + 1)
-        embeddings = (prefix or own)[0][0]
-        embeddings = embeddings.repeat_interleave(len(tokens) // len(embeddings), 0)
+        (images, _), *past = [*(prefix or []), *(cache or [])]  # as in the model, either may begin
+        tokens = torch.cat([*(seen for seen, _ in past), tokens[:, None]], 1)  # (N, position + 1)
+        embeddings = images.repeat_interleave(len(tokens) // len(images), 0)
         places = torch.arange(position + 1, device=tokens.device).expand_as(tokens)
         last = torch.arange(1, len(tokens) + 1, device=tokens.device) * (position + 1) - 1
         logits = self.model(embeddings, tokens, torch.ones_like(tokens), places, last)
-        return logits, [*own, (tokens, tokens)]
+        return logits, [*([] if prefix else [(images, images)]), (tokens, tokens)]
 
 
 class Counting:

@@ -89,8 +89,8 @@ class Place:
 
     def leave(self) -> None:
         """Closes the process group: gloo's threads, alive when Python ends, would abort it."""
-        gc.collect()  # nothing may hold the group any more
         if self.world > 1:
+            gc.collect()  # nothing may hold the group any more
             dist.destroy_process_group()
 
     def autocast(self):

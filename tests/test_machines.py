@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_dataset
-from test_train import ROOT, children, flags, log_of, losses, weights
+from test_train import ROOT, children, flags, log_of, losses, wait_for_steps, weights
 
 HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
 
@@ -73,11 +72,7 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
 
     wait(launch(hosts, 29701, *long, "--out_dir=whole"))
     runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume")
-    log = Path("parts/log.jsonl")
-    for _ in range(2400):
-        if log.is_file() and log.read_text().count('"loss"') >= 50:
-            break
-        time.sleep(0.05)
+    wait_for_steps(Path("parts/log.jsonl"), 50)
     os.kill(children(runs[1].pid)[0], signal.SIGKILL)
     wait(runs)
     assert log_of("parts")[-1]["step"] == 120 and losses("parts") == losses("whole")
