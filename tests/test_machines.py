@@ -42,15 +42,16 @@ def hosts():
 
 
 def launch(
-    hosts: dict, port: int, *args: str, folders=(".", "."), restarts: int = 3
+    hosts: dict, port: int, *args: str, folders=(".", "."), workers: int = 1, restarts: int = 3
 ) -> list[subprocess.Popen]:
-    """The README's command for several machines, on each host, in a working directory of its own
-    where `folders` names two."""
+    """The README's command for several machines, with `workers` on each host, in a working
+    directory of its own where `folders` names two."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lan"}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarts read addresses of the dead
     return [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
-             "--nnodes=2", "--nproc_per_node=1", f"--max_restarts={restarts}",
+             "--nnodes=2", f"--nproc_per_node={workers}", f"--max_restarts={restarts}",
              "--rdzv_backend=c10d", f"--local_addr={address}",
              f"--rdzv_endpoint={hosts['nc-host0']}:{port}",
              f"--rdzv_conf=is_host={host == 'nc-host0'}",  # these have no host names to tell it
@@ -61,7 +62,10 @@ def launch(
     ]  # fmt: skip
 
 
-def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeypatch, workers):
+    """Bit for bit with two processes. Among four the order in which gloo adds up a gradient depends
+    on DDP's buckets, which it lays out anew after a start's first step."""
     tiny_dataset(tmp_path / "data" / "tiny")
     monkeypatch.chdir(tmp_path)
     long = flags(max_iters=120, eval_interval=20, dropout=0.1)
@@ -70,14 +74,19 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
         outputs = [run.communicate(timeout=300)[0] for run in runs]
         assert all(run.returncode == 0 for run in runs), "\n".join(outputs)[-6000:]
 
-    wait(launch(hosts, 29701, *long, "--out_dir=whole"))
-    runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume")
+    wait(launch(hosts, 29701, *long, "--out_dir=whole", workers=workers))
+    runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume", workers=workers)
     wait_for_steps(Path("parts/log.jsonl"), 50)
     os.kill(children(runs[1].pid)[0], signal.SIGKILL)
     wait(runs)
-    assert log_of("parts")[-1]["step"] == 120 and losses("parts") == losses("whole")
+    assert log_of("parts")[-1]["step"] == 120
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
-    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+    if workers == 1:
+        assert losses("parts") == losses("whole")
+        assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+    else:
+        assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
+        assert all(torch.allclose(v, parts[k], atol=2e-4) for k, v in whole.items())
     lines = [json.dumps(row["step"]) for row in log_of("parts") if "loss" in row]
     assert lines == [str(step) for step in range(1, 121)]  # none lost, none twice
 
