@@ -238,15 +238,6 @@ class Encoder:
         """PIL images -> (B, P, D) float16 on the CPU."""
         return self.encode(self.reader.pixels([image.convert("RGB") for image in images])).cpu()
 
-    def read_and_encode(self, paths: list, skipped: list[str]) -> tuple[torch.Tensor, list[int]]:
-        """(n, P, D) float16 of the n readable files, and their places in `paths`.
-
-        For each other file, its path and the reason are added to `skipped`.
-        """
-        ((x, bad),) = self.stream([[(path,) for path in paths]], workers=0)
-        skipped += [f"{paths[i]}: {reason}" for i, reason in bad.items()]
-        return x, [i for i in range(len(paths)) if i not in bad]
-
     def stream(self, batches: Iterable[list[tuple]], workers: int) -> Iterator[tuple]:
         """Encodes batches of files, each file the arguments of `read_image`.
 

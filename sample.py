@@ -67,6 +67,7 @@ class SampleConfig:
     attention: bool = False  # keep, for the gallery, which prefix each token attends to
     # -- run ------------------------------------------------------------------------------
     batch_size: int = 64  # images decoded at a time
+    workers: int = 2  # processes that read image files
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
     java: bool = False  # score with the COCO toolkit's Java tokenizer too, not only its METEOR
@@ -75,6 +76,7 @@ class SampleConfig:
     def __post_init__(self):
         within(self, "batch_size", 1, 10**6)
         within(self, "max_len", 0, 10**6)
+        within(self, "workers", 0, 1000)
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
         if bool(self.split) == bool(self.image):
@@ -142,7 +144,8 @@ def open_encoder(cfg: SampleConfig, meta: dict, device: str):
 
 
 class Partial:
-    """Finished predictions, one JSON a line, below a line that says of what run they are."""
+    """Finished predictions, and files that could not be read, one JSON a line and in the items'
+    order, below a line that says of what run they are."""
 
     def __init__(self, path: Path, run: dict):
         self.path, self.done = path, []
@@ -255,7 +258,7 @@ def main(cfg: SampleConfig) -> dict:
         items, encoder = image_items(cfg), open_encoder(cfg, meta, place.kind)
         out = Path(cfg.out_json) if cfg.out_json else None
 
-    partial = None
+    partial, done = None, []
     if out:
         weights = hashlib.sha256(Path(cfg.ckpt).read_bytes()).hexdigest()
         partial = Partial(
@@ -263,44 +266,38 @@ def main(cfg: SampleConfig) -> dict:
             {"ckpt": weights, "decoding": asdict(decoding), "prompt": prompt,
              "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items]},
         )  # fmt: skip
-        if partial.done:
-            print(f"going on after {len(partial.done)} captions that {partial.path} holds")
-    predictions: list[dict] = partial.done if partial else []
-    skipped: list[str] = []
-    begin, first = time.perf_counter(), len(predictions)
+        if done := partial.done:
+            print(f"going on after {len(done)} images that {partial.path} holds")
+    first, begin = len(done), time.perf_counter()
+    batches = [range(i, min(i + cfg.batch_size, len(items)))
+               for i in range(first, len(items), cfg.batch_size)]  # fmt: skip
+    if cfg.split:
+        stream = ((split.embedding(np.array(batch)), {}) for batch in batches)
+    else:
+        files = [[(items[i]["path"],) for i in batch] for batch in batches]
+        stream = encoder.stream(files, workers=max(0, min(cfg.workers, len(batches) - 1)))
     bar = tqdm(total=len(items), initial=first, unit="image", disable=None if cfg.split else True)
-    for i in range(first, len(items), cfg.batch_size):
-        batch = items[i : i + cfg.batch_size]
-        numbers = range(i, i + len(batch))
-        if cfg.split:
-            embeddings = split.embedding(np.array(numbers))
-        else:
-            embeddings, good = encoder.read_and_encode([item["path"] for item in batch], skipped)
-            batch, numbers = ([x[j] for j in good] for x in (batch, numbers))
-            if not batch:
-                continue
+    for batch, (embeddings, bad) in zip(batches, stream, strict=True):
+        good = [i for n, i in enumerate(batch) if n not in bad]
         embeddings = embeddings.to(place.device)
         with place.autocast():
-            found = generate(model, embeddings, tokenizer, decoding, prompt, list(numbers))
-        maps = [None] * len(batch)
+            found = generate(model, embeddings, tokenizer, decoding, prompt, good) if good else []
+        maps = [None] * len(good)
         if cfg.attention:
             maps = attention_maps(model, embeddings, [f[0].ids for f in found], tokenizer.bos)
-        new = [
-            as_prediction(item, captions, tokenizer, seen, side)
-            for item, captions, seen in zip(batch, found, maps, strict=True)
-        ]
-        if partial:
-            partial.add(new)
-        else:
-            predictions += new
-        if cfg.image:
-            for p in new:
-                for n in p.get("n_best", [p]):
-                    print(f"{p['path']}: {n['caption']}")
+        new = {batch[n]: {"skipped": f"{items[batch[n]]['path']}: {why}"} for n, why in bad.items()}
+        for i, captions, seen in zip(good, found, maps, strict=True):
+            new[i] = as_prediction(items[i], captions, tokenizer, seen, side)
+            if cfg.image:
+                for n in new[i].get("n_best", [new[i]]):
+                    print(f"{items[i]['path']}: {n['caption']}")
+        (partial.add if partial else done.extend)([new[i] for i in batch])
         bar.update(len(batch))
     bar.close()
     took = time.perf_counter() - begin
-    rate = (len(predictions) - first) / took
+    rate = sum("skipped" not in p for p in done[first:]) / took
+    predictions = [p for p in done if "skipped" not in p]
+    skipped = [p["skipped"] for p in done if "skipped" in p]
 
     scores: dict = {}
     if cfg.split:

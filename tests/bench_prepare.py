@@ -1,6 +1,7 @@
 """How fast prepare.py reads captions and encodes images. Not a test.
 
     python tests/bench_prepare.py                    # CSVs of 25,000 to 200,000 captions
+    python tests/bench_prepare.py --most=3000000     # as many as CC3M has
     python tests/bench_prepare.py --images=FOLDER    # JPEGs, through a ViT-B of random weights
 
 The first runs prepare.py on each CSV and fits time and memory by a line, for 3 million captions.
@@ -29,6 +30,7 @@ from encoder import Encoder, find_images  # noqa: E402
 @dataclass(frozen=True)
 class Bench:
     images: str = ""  # folder of JPEGs; empty: measure captions
+    most: int = 200_000  # captions of the largest CSV; the others have 1/2, 1/4 and 1/8 of them
     layers: int = 12  # of the vision tower, which is otherwise ViT-B's
     patch: int = 32  # its patches' side
     batch: int = 64  # images
@@ -37,13 +39,13 @@ class Bench:
     workers: int = 2  # processes that read images
 
 
-def captions(folder: Path) -> None:
+def captions(cfg: Bench, folder: Path) -> None:
     rng = np.random.default_rng(0)
     words = np.array(["".join(rng.choice(list("abcdefghijklmnoprstuvw"), n))
                       for n in rng.integers(2, 10, 20_000)])  # fmt: skip
     often = 1 / np.arange(1, len(words) + 1)  # Zipf's law
     found = []
-    for n in (25_000, 50_000, 100_000, 200_000):
+    for n in (cfg.most // 8, cfg.most // 4, cfg.most // 2, cfg.most):
         with open(folder / "train.csv", "w") as file:
             print("image,caption", file=file)
             text = rng.choice(words, (n, 11), p=often / often.sum())
@@ -109,7 +111,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
 
 def main(cfg: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        encoding(cfg, Path(folder)) if cfg.images else captions(Path(folder))
+        (encoding if cfg.images else captions)(cfg, Path(folder))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_encoder import picture, tiny_clip
 from test_train import ROOT, SMALL, one_line, start
 
 import checkpoint
 import metrics
+import prepare
 import sample
 import train
 from configurator import Config, UserError
@@ -27,8 +31,12 @@ def trained(here):
     return here
 
 
+def ask(*args: str) -> subprocess.Popen:
+    return start("sample.py", "--ckpt=out/tiny/ckpt.pt", "--device=cpu", *args)
+
+
 def run(*args: str) -> str:
-    process = start("sample.py", "--ckpt=out/tiny/ckpt.pt", "--device=cpu", *args)
+    process = ask(*args)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out
@@ -63,7 +71,7 @@ def test_a_split_becomes_json_csv_and_scores(trained):
 def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
     args = ["--split=train", "--method=sample", "--batch_size=2", "--max_len=20"]
     run(*args, "--out_json=whole/p.json")
-    process = start("sample.py", "--ckpt=out/tiny/ckpt.pt", *args, "--out_json=parts/p.json")
+    process = ask(*args, "--out_json=parts/p.json")
     partial = Path("parts/p.json.partial.jsonl")
     while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 4):
         time.sleep(0.001)
@@ -121,7 +129,7 @@ def test_attention_maps_are_what_the_model_computes(trained):
     ],
 )
 def test_mistakes_are_one_line(trained, args, says):
-    assert says in one_line(start("sample.py", "--ckpt=out/tiny/ckpt.pt", *args))
+    assert says in one_line(ask(*args))
 
 
 def test_a_dataset_of_another_width_is_refused(trained):
@@ -130,3 +138,80 @@ def test_a_dataset_of_another_width_is_refused(trained):
     tiny_dataset(trained / "data/wide", width=20)
     with pytest.raises(UserError, match="embedding_dim 20, not 16"):
         sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", data="data/wide"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Image files
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A captioner of 40 pictures through a tiny CLIP; its folder."""
+    here = tmp_path_factory.mktemp("seen")
+    tiny_clip(here / "clip")
+    (here / "photos").mkdir()
+    rows = {"train": range(40), "val": range(40, 48)}
+    for split, numbers in rows.items():
+        for i in numbers:
+            picture(40 + i, 60 - i, i).save(here / f"photos/{i:02d}.png")
+        lines = [f"{i:02d}.png,picture {i} of {chr(97 + i % 26)}" for i in numbers]
+        (here / f"{split}.csv").write_text("\n".join(["image,caption", *lines]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        told = dict(dataset="tiny", clip="./clip", vocab_size=64, workers=0)
+        prepare.main(Config(source="csv", captions="{split}.csv", images="photos", **told))
+        train.main(Config(**SMALL | dict(max_iters=60, eval_interval=60)))
+    return here
+
+
+def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch):
+    """The encoder that the checkpoint names, from files, gives what the dataset's rows give."""
+    monkeypatch.chdir(seen)
+    run("--split=val", "--method=beam", "--out_json=split.json")
+    files = [f"photos/{i}.png" for i in range(40, 48)]
+    out = run("--image", *files, "--method=beam", "--batch_size=3", "--out_json=image.json")
+    ours, theirs = (json.loads(Path(f"{n}.json").read_text()) for n in ("image", "split"))
+    for p, q in zip(ours, theirs, strict=True):
+        assert p["caption"] == q["caption"] and p["path"] == q["path"]
+        assert f"{p['path']}: {p['caption']}\n" in out
+    shutil.move("clip", "moved")
+    assert "clip=./clip: no such folder" in one_line(ask("--image", files[0]))
+    assert run("--image", *files, "--method=beam", "--clip=moved").count(".png: ") == 8
+    shutil.move("moved", "clip")
+
+
+def test_images_that_cannot_be_read_are_told_and_a_rerun_goes_on(seen, monkeypatch, tmp_path):
+    """Skipped files were not counted once: a rerun captioned some images a second time."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(seen / "photos", "photos")
+    for name in ("01", "02", "09", "13"):
+        Path(folder, f"{name}.png").write_bytes(b"no image")
+    cfg = SampleConfig(ckpt=str(seen / "out/tiny/ckpt.pt"), image=("photos",), batch_size=4,
+                       clip=str(seen / "clip"), method="sample", workers=2)  # fmt: skip
+    written = []
+    for out, kill in (("whole.json", None), ("parts.json", 5), ("parts.json", None)):
+        calls = iter(range(99))
+
+        def stops(*args, real=sample.generate, kill=kill, calls=calls):
+            if next(calls) == kill:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "generate", stops)
+            error = KeyboardInterrupt if kill else UserError
+            with pytest.raises(error, match=None if kill else "4 of 48 images could not be read"):
+                sample.main(replace(cfg, out_json=out))
+        written.append(kill or Path(out).read_text())
+    assert written[2] == written[0]
+    assert [p["image_id"] for p in json.loads(written[0])] == [*{*range(48)} - {1, 2, 9, 13}]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_another_encoder_is_refused_with_both_named(seen, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(seen)
+    tiny_clip(tmp_path, kind, projection=20)
+    width = {"siglip": "32", "clip": "20"}[kind]
+    error = one_line(ask("--image", "photos", f"--clip={tmp_path}"))
+    assert f"{tmp_path} gives pooled embeddings of 1 x {width} ({kind})" in error
+    assert "out/tiny/ckpt.pt needs 1 x 24 (clip) as of ./clip" in error
