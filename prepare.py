@@ -23,6 +23,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -201,7 +202,16 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
     encoder = Encoder(cfg.clip, cfg.features, cfg.grid, place.device)
     size, shape = cfg.encode_batch, (encoder.n_positions, encoder.embedding_dim)
     shapes = {split: (len(records), *shape) for split, records in splits.items()}
-    state = ranks.first(lambda: start(cfg, fingerprint(splits, cfg, encoder), shapes))
+
+    def begin() -> tuple[Path, str]:
+        state, run = start(cfg, fingerprint(splits, cfg, encoder), shapes), secrets.token_hex(8)
+        write_text(state / "run", run)
+        return state, run
+
+    state, run = ranks.first(begin)
+    mark = state / "run"
+    if not all(place.gather(mark.is_file() and mark.read_text() == run)):
+        raise UserError(f"{state} is not the same on every machine: all must share data/")
     done = progress(state)
     skipped, total = sum(map(len, done.values())), sum(map(len, splits.values()))
     jobs = [(split, b) for split, records in splits.items()
@@ -243,7 +253,9 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
     ranks.meet()
     if ranks.rank:
         return {}
-    drop_bad(splits, check_bad(splits, progress(state), cfg), state, cfg)
+    done = progress(state)
+    assert len(done) == sum(-(-len(records) // size) for records in splits.values())
+    drop_bad(splits, check_bad(splits, done, cfg), state, cfg)
     for split, records in splits.items():  # still aligned: the last row is what its file gives
         ((x, _),) = encoder.stream([[sources.locate(records[-1], split, cfg)]], workers=0)
         last = torch.tensor(np.load(rows_of(split, state), mmap_mode="r")[-1:])
@@ -384,8 +396,7 @@ def main(cfg: Config) -> None:
         made = own_embeddings(splits, cfg)
     if ranks.rank == 0:
         finish(splits, cfg, made)
-    if ranks.world > 1:
-        dist.destroy_process_group()
+    place.leave()
 
 
 if __name__ == "__main__":

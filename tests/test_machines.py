@@ -1,4 +1,5 @@
-"""Two machines, as two network namespaces: torchrun between them, and a worker that dies."""
+"""Two machines, as two network namespaces: torchrun between them, a worker that dies, folders
+that are not shared."""
 
 import json
 import os
@@ -8,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_dataset
+from test_encoder import tiny_clip
+from test_prepare import made, many
 from test_train import ROOT, children, flags, log_of, losses, wait_for_steps, weights
 
 HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
@@ -42,8 +46,9 @@ def hosts():
 
 
 def launch(
-    hosts: dict, port: int, *args: str, folders=(".", "."), workers: int = 1, restarts: int = 3
-) -> list[subprocess.Popen]:
+    hosts: dict, port: int, *args: str, script: str = "train.py", folders=(".", "."),
+    workers: int = 1, restarts: int = 3,
+) -> list[subprocess.Popen]:  # fmt: skip
     """The README's command for several machines, with `workers` on each host, in a working
     directory of its own where `folders` names two."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lan"}
@@ -55,7 +60,7 @@ def launch(
              "--rdzv_backend=c10d", f"--local_addr={address}",
              f"--rdzv_endpoint={hosts['nc-host0']}:{port}",
              f"--rdzv_conf=is_host={host == 'nc-host0'}",  # these have no host names to tell it
-             str(ROOT / "train.py"), *args],
+             str(ROOT / script), *args],
             env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for (host, address), folder in zip(hosts.items(), folders, strict=True)
@@ -102,3 +107,35 @@ def test_machines_that_do_not_share_the_output_folder_are_told(hosts, tmp_path):
         outputs = [run.communicate(timeout=300)[0] for run in runs]
         assert all((run.returncode == 0) == (status == 0) for run in runs), outputs
     assert "is not the same on every machine" in "".join(outputs)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines_encode_into_one_folder_or_are_told(hosts, tmp_path, monkeypatch, shared):
+    """Where both had begun before, each wrote to its own disk, and the second's rows were zeros."""
+    folders = [tmp_path / host for host in hosts]
+    for folder in folders:
+        folder.mkdir()
+        told = many(folder, 30)
+        tiny_clip(folder / "clip")
+    args = [f"--{k}={v}" for k, v in told.items()]
+    args += ["--clip=./clip", "--encode_batch=2", "--workers=0", "--device=cpu", "--yes"]
+    monkeypatch.chdir(folders[0])
+    if shared:
+        subprocess.run([sys.executable, str(ROOT / "prepare.py"), *args], check=True)
+        expected = made()
+        shutil.rmtree("data")
+    else:
+        shutil.copytree(folders[0], folders[1], dirs_exist_ok=True)
+        (folders[1] / "data/mine/encoding").mkdir(parents=True)
+        for split, n in (("train", 30), ("val", 4)):  # of an earlier try
+            np.save(folders[1] / f"data/mine/encoding/{split}.npy", np.zeros((n, 1, 24), "f2"))
+    runs = launch(hosts, 29705, *args, script="prepare.py", restarts=0,
+                  folders=(folders[0], folders[not shared]))  # fmt: skip
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    if shared:
+        assert all(run.returncode == 0 for run in runs), outputs
+        assert made() == expected
+    else:
+        assert all(run.returncode for run in runs)
+        assert "encoding is not the same on every machine: all must share data/" in outputs[1]
+        assert not Path("data/mine/meta.json").exists()
