@@ -142,23 +142,33 @@ def row_of(entry: dict, split: str, where: str) -> Row:
                tokens=tokens)  # fmt: skip
 
 
+# Headers of Flickr8k's captions.txt and of Flickr30k's, captions.txt and results.csv.
+FLICKR_HEADER = re.compile(r"image(_name)?([,|]) ?(comment_number\2 ?)?(caption|comment)")
+
+
 def read_flickr(cfg: Config, problems: Problems) -> Iterator[Row]:
-    """Flickr8k's and Flickr30k's lines: `name,caption`, or `name#number<tab>caption`."""
+    """Flickr8k's and Flickr30k's lines: `name#number<tab>caption`, `name,caption`, or with the
+    header that says so `name,number,caption` or `name| number| caption`."""
     for split, path in files_of(cfg):
+        comma, columns = ",", 2
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 line, where = line.strip(), f"{path}:{number}"
+                if number == 1 and (header := FLICKR_HEADER.fullmatch(line)):
+                    comma, columns = header[2], 3 if header[3] else 2
+                    continue
                 name, tab, caption = line.partition("\t")
                 if tab:
                     name = name.rpartition("#")[0] or name
-                else:
-                    name, comma, caption = line.partition(",")
-                    if caption[:1] == caption[-1:] == '"':
-                        caption = caption[1:-1].replace('""', '"')
-                    if line and not comma:
-                        problems.add("neither a tab nor a comma", where, line)
+                elif line:
+                    cells = line.split(comma, columns - 1)
+                    name, caption = cells[0], cells[-1].strip()
+                    if len(cells) < columns:
+                        problems.add(f"neither a tab nor {columns} columns", where, line)
                         continue
-                if line and not (number == 1 and (name, caption) == ("image", "caption")):
+                    if comma == "," and caption[:1] == caption[-1:] == '"':
+                        caption = caption[1:-1].replace('""', '"')
+                if line:
                     yield Row(where, split, name, [caption])
 
 

@@ -100,15 +100,27 @@ def as_jsonl(folder: Path) -> dict:
     return {"captions": "all.jsonl", "images": "photos"}
 
 
-def as_flickr(folder: Path) -> dict:
+def as_flickr(folder: Path, comma: str = ",", header: str = "image,caption") -> dict:
+    """Flickr8k's captions.txt."""
     for split, images in PHOTOS.items():
         with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
-            print("image,caption", file=file)
+            print(header, file=file)
             for name, captions in images.items():
-                for c in captions:
-                    quoted = c.replace('"', '""')
-                    print(f'{name},"{quoted}"' if '"' in c else f"{name},{c}", file=file)
+                for i, c in enumerate(captions):
+                    quoted = '"' + c.replace('"', '""') + '"'
+                    c = quoted if '"' in c and "," in comma else c
+                    print(name, *[i] * ("number" in header), c, sep=comma, file=file)
     return {"source": "flickr", "captions": "{split}.txt", "images": "photos"}
+
+
+def as_flickr_numbers(folder: Path) -> dict:
+    """Flickr30k's captions.txt."""
+    return as_flickr(folder, ",", "image_name,comment_number,comment")
+
+
+def as_flickr_bars(folder: Path) -> dict:
+    """Flickr30k's results.csv."""
+    return as_flickr(folder, "| ", "image_name| comment_number| comment")
 
 
 def as_flickr_tokens(folder: Path) -> dict:
@@ -169,8 +181,8 @@ def as_shards(folder: Path) -> dict:
     return {"source": "shards", "captions": "shards/{split}"}
 
 
-SOURCES = [as_csv, as_one_csv, as_jsonl, as_flickr, as_flickr_tokens, as_coco, as_karpathy,
-           as_shards]  # fmt: skip
+SOURCES = [as_csv, as_one_csv, as_jsonl, as_flickr, as_flickr_numbers, as_flickr_bars,
+           as_flickr_tokens, as_coco, as_karpathy, as_shards]  # fmt: skip
 
 
 @pytest.mark.parametrize("build", SOURCES)
@@ -353,6 +365,15 @@ def test_splits_and_ids(here, capsys):
         "not JSON: 1\n  x.jsonl:9",
     ):  # fmt: skip
         assert expected in listed
+
+
+def test_a_line_of_flickr30k_without_its_bar_is_named(here, capsys):
+    """The file that is passed around has one such line, of 2199200615.jpg."""
+    photos(here / "photos", ["f.png"])
+    lines = ["image_name| comment_number| comment", "f.png| 0| A dog .", "f.png| 4   A dog ."]
+    Path("x.csv").write_text("\n".join(lines))
+    listed, _ = problems_of(capsys, source="flickr", captions="x.csv")
+    assert listed == "neither a tab nor 3 columns: 1\n  x.csv:3: f.png| 4   A dog .\n"
 
 
 def test_coco_and_karpathy_entries_are_named(here, capsys):
