@@ -11,7 +11,8 @@
 Checks the whole source, encodes each image once, trains the tokenizer on the training captions,
 and writes `data/<dataset>/`, meta.json last; an earlier dataset there stays whole until then.
 Interrupted, the same command goes on from where it was, to the same bytes. Images that cannot be
-read are listed in `data/<dataset>/skipped.csv`; above `max_bad` of them it stops.
+read, and in tar shards captions that cannot be used, are left out and listed in
+`data/<dataset>/skipped.csv`; above `max_bad` of them it stops.
 """
 
 import contextlib
@@ -214,6 +215,7 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
         raise UserError(f"{state} is not the same on every machine: all must share data/")
     done = progress(state)
     skipped, total = sum(map(len, done.values())), sum(map(len, splits.values()))
+    skipped += sum("bad" in record for records in splits.values() for record in records)
     jobs = [(split, b) for split, records in splits.items()
             for b in range(ranks.rank, -(-len(records) // size), ranks.world)
             if (split, b) not in done]  # fmt: skip
@@ -266,11 +268,13 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
 
 
 def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[str, dict[int, str]]:
-    """The reason for each bad row of each split, written to skipped.csv too.
+    """The reason for each row of each split that has no readable image or, in a tar shard, no
+    usable caption; written to skipped.csv too.
 
     Raises UserError where there are more than `max_bad` allows.
     """
-    bad = {split: {} for split in splits}
+    bad = {split: {i: r["bad"] for i, r in enumerate(records) if "bad" in r}
+           for split, records in splits.items()}  # fmt: skip
     for (split, _), reasons in sorted(done.items()):
         bad[split] |= reasons
     count, total = sum(map(len, bad.values())), sum(map(len, splits.values()))
@@ -282,13 +286,13 @@ def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[st
         writer = csv.writer(file)
         writer.writerow(("split", "id", "file_name", "reason"))
         for split, reasons in bad.items():
-            for row, reason in reasons.items():
+            for row, reason in sorted(reasons.items()):
                 record = splits[split][row]
                 cells = (split, record["id"], record["file_name"], reason)
                 # A spreadsheet would run a cell that opens like a formula.
                 writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
     if count > cfg.max_bad * total:
-        raise UserError(f"{count} of {total} images cannot be read, more than "
+        raise UserError(f"{count} of {total} images cannot be used, more than "
                         f"max_bad={cfg.max_bad}: see {path}")  # fmt: skip
     return bad
 

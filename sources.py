@@ -356,7 +356,9 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
         where, split, name = row.where, row.split, row.file_name
         captions = [" ".join(c.split()) if isinstance(c, str) else c for c in row.captions]
         wrong = [problem for problem in map(bad_text, captions) if problem]
-        for problem in wrong or ([] if captions else ["none"]):
+        wrong = wrong if captions else ["none"]
+        lenient = bool(row.at) and not cfg.embeddings  # who would repair a line within a tar?
+        for problem in () if lenient else wrong:
             problems.add(f"bad caption ({problem})", where)
         if bad_split(split):
             problems.add("bad split name", where, split)
@@ -378,6 +380,7 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
             record = here[name] = {"id": row.id, "file_name": name, "captions": []}
             if row.at:
                 record["at"] = row.at
+                record |= {"bad": f"caption: {wrong[0]}"} if lenient and wrong else {}
             elif not cfg.embeddings and not os.path.isfile(locate(record, split, cfg)[0]):
                 problems.add("no such image", where, locate(record, split, cfg)[0])
             key = (split, row.id) if row.at else row.id  # shards count anew in each folder
@@ -433,8 +436,8 @@ def scenes(cfg: Config) -> dict[str, list[dict]]:
 
 def read(cfg: Config) -> dict[str, list[dict]]:
     """The records of each split: "id", "file_name", "captions", and where the source has them
-    "caption_ids", "facts" and "tokens". An image of a tar shard has its place in "at", one moved
-    to val the split that it came from in "from".
+    "caption_ids", "facts" and "tokens". An image of a tar shard has its place in "at" and, if its
+    caption cannot be used, the reason in "bad"; one moved to val the split it came from in "from".
 
     Raises UserError, the problems listed on stderr, where the source cannot be used as it is.
     """
