@@ -244,6 +244,8 @@ def attention_maps(model, embeddings, captions: list[list[int]], bos: int) -> li
 
 def main(cfg: SampleConfig) -> dict:
     """Captions what `cfg` names. Returns the scores, empty for images without references."""
+    if cfg.java and (missing := metrics.java_missing()):
+        raise UserError(missing)
     content = checkpoint.load(cfg.ckpt)
     model, tokenizer = checkpoint.build(content, cfg.ckpt)
     place, meta = Place(cfg.device, cfg.dtype), content["meta"]

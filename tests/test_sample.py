@@ -132,6 +132,13 @@ def test_mistakes_are_one_line(trained, args, says):
     assert says in one_line(ask(*args))
 
 
+def test_java_that_is_not_there_is_told_before_work(trained, monkeypatch):
+    """Found by a thousand random commands: it was a traceback, when all captions were made."""
+    monkeypatch.setenv("PATH", "")
+    assert "METEOR and --java need java" in one_line(ask("--split=val", "--java"))
+    assert not Path("out/tiny/val").exists()
+
+
 def test_a_dataset_of_another_width_is_refused(trained):
     from conftest import tiny_dataset
 
