@@ -206,7 +206,7 @@ def bandwidth(place: Place, numbers: int) -> float:
 @torch.inference_mode()
 def log_p(model: ClipLM, embedding, ids: list[int], tokenizer, L: int) -> float:
     """log p of a caption, its end included, from one forward pass."""
-    tokens = torch.tensor([[tokenizer.bos, *ids]], device=embedding.device)
+    tokens = torch.tensor([[tokenizer.bos, *ids][:L]], device=embedding.device)
     where = torch.arange(tokens.size(1), device=embedding.device)
     logits = model(embedding[None], tokens, torch.ones_like(tokens), where[None], where)
     target = torch.tensor([*ids, tokenizer.eos][:L], device=embedding.device)

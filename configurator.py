@@ -19,7 +19,7 @@ import re
 import sys
 import textwrap
 import warnings
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
@@ -424,13 +424,8 @@ def help_text(cls, usage: str = "") -> str:
     return "\n".join([usage.strip(), "\nSettings, each set by --name=value:", *lines]).strip()
 
 
-def to_dict(cfg) -> dict:
-    """The settings as plain values, for a checkpoint or JSON."""
-    return asdict(cfg)
-
-
 def from_dict(cls, d: dict, where: str):
-    """Return the settings that `to_dict` wrote to the file `where`. Those missing keep their
+    """Return the settings of which the file `where` holds the `asdict`. Those missing keep their
     defaults; unknown or ill-typed ones raise ConfigError."""
     if not isinstance(d, dict):
         raise ConfigError(f"{where}: expected a dict of settings")

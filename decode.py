@@ -96,13 +96,14 @@ def draw(logits, uniform, cfg: Decoding):
     Temperature first, then the filters top-k (Fan et al. 2018, arXiv:1805.04833) and top-p
     (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
     """
-    p, order = torch.softmax(logits / cfg.temperature, -1), None
+    below = logits - logits.amax(-1, keepdim=True)  # that a temperature near 0 overflows nothing
+    p, order = torch.softmax(below / cfg.temperature, -1), None
     if cfg.top_k or cfg.top_p < 1:
         p, order = p.topk(min(cfg.top_k or p.size(1), p.size(1)))  # likeliest first
         before = p.cumsum(-1) - p  # the token that crosses top_p stays
         p[before >= cfg.top_p * p.sum(-1, keepdim=True)] = 0
-    cdf = p.double().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    cdf = p.to(uniform).cumsum(-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).to(logits.device)
     return (token if order is None else order.gather(-1, token))[:, 0]
 
 
@@ -151,7 +152,8 @@ def follow(model, embeddings, ids, cfg: Decoding, prompt: list[int], numbers) ->
     if cfg.method == "sample":  # an image's draws depend on the seed and on its number alone
         generators = [torch.Generator().manual_seed(cfg.seed * 1_000_003 + i) for i in numbers]
         draws = [torch.rand(n, L, generator=g) for g in generators]
-        uniform = torch.cat([*draws, torch.zeros(1, L)]).to(device, torch.float64)  # (N + 1, L)
+        uniform = torch.cat([*draws, torch.zeros(1, L)]).double()  # (N + 1, L)
+        uniform = uniform if device.type == "mps" else uniform.to(device)  # MPS has no float64
 
     prefix, logits, cache = start(model, embeddings, ids, prompt, n)
     slot = torch.arange(N, device=device).view(B, n)  # (G, K): the result that each row writes
@@ -161,7 +163,10 @@ def follow(model, embeddings, ids, cfg: Decoding, prompt: list[int], numbers) ->
     for t in range(len(prompt), L):
         at, logp = slot.flatten(), torch.log_softmax(logits.float(), -1)  # (G * K,), (G * K, V)
         forbid(logp, written[at, :t], ids, cfg)
-        token = draw(logp, uniform[at, t], cfg) if cfg.method == "sample" else logp.argmax(-1)
+        if cfg.method == "sample":
+            token = draw(logp, uniform[at.to(uniform.device), t], cfg)
+        else:
+            token = logp.argmax(-1)
         written[at, t] = token
         shares[at, t] = logp.gather(1, token[:, None])[:, 0]
 

@@ -1,9 +1,9 @@
 """The model: a frozen image embedding, projected to a prefix, continued by a causal decoder.
 
     model = ClipLM(ModelConfig(vocab_size=8192))
-    loss = model.loss(embeddings, tokens, segments, positions, where, targets)   # training
-    prefix = model.prefill(embeddings)                                           # decoding:
-    logits, cache = model.step(tokens, position, prefix, cache)                  # one token a row
+    logits = model(embeddings, tokens, segments, positions, where)   # training: packed rows
+    prefix = model.prefill(embeddings)                               # decoding:
+    logits, cache = model.step(tokens, position, prefix, cache)      # one token a row
 
 The idea is ClipCap's (Mokady et al. 2021, arXiv:2111.09734); the decoder is GPT-2's (Radford et
 al. 2019), under the names that nanoGPT gave its parts, so that weights map one to one.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the weights' shapes depend on. A checkpoint carries it."""
+    """What the model is. A checkpoint carries it."""
 
     vocab_size: int = 8192  # V
     features: str = "pooled"  # pooled: one embedding an image; grid: one a patch
@@ -43,7 +43,7 @@ class ModelConfig:
     n_layer: int = 6
     n_head: int = 8
     n_embd: int = 512  # C
-    block_size: int = 128  # the most positions a caption's last token can have before it, plus 1
+    block_size: int = 128  # longest prefix + caption
     dropout: float = 0.1
     bias: bool = False  # in the decoder's linear layers and layer norms
 
@@ -59,7 +59,7 @@ class ModelConfig:
 
 class Dropout(nn.Module):
     """Dropout. Drawing the random numbers takes a CPU a tenth of a training step (LOG.md), so there
-    one draw of 64 bits serves eight places, with p rounded to 1/256."""
+    one draw of 64 bits serves eight places, with p rounded up to 1/256."""
 
     def __init__(self, p: float):
         super().__init__()

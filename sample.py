@@ -223,7 +223,7 @@ def attention_maps(model, embeddings, captions: list[list[int]], bos: int) -> li
     they choose each token; the rest of each row's 1 goes to the caption itself."""
     maps = []
     for embedding, ids in zip(embeddings, captions, strict=True):
-        tokens = torch.tensor([[bos, *ids]], device=embeddings.device)
+        tokens = torch.tensor([[bos, *ids[:-1]]], device=embeddings.device)
         where = torch.arange(tokens.size(1), device=tokens.device)[None]
         seen: list = []
         layer = model.transformer.h[-1].attn
@@ -235,7 +235,7 @@ def attention_maps(model, embeddings, captions: list[list[int]], bos: int) -> li
         scores = (q @ k.transpose(1, 2)) / q.size(-1) ** 0.5  # (nh, T, T)
         causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         weights = scores.masked_fill(~causal, -torch.inf).softmax(-1).mean(0)
-        maps.append(weights[P:-1, :P].tolist())
+        maps.append(weights[P : P + len(ids), :P].tolist())
     return maps
 
 
@@ -253,8 +253,10 @@ def main(cfg: SampleConfig) -> dict:
     side = 0 if meta["features"] == "pooled" else math.isqrt(meta["n_positions"])
     decoding = cfg.decoding(model.cfg.block_size - model.cfg.prefix_length)
     prompt = cfg.prompt.lower() if meta["lowercase"] else cfg.prompt
+    files = None
     if cfg.split:
         items, split = split_items(cfg, meta)
+        files = split.meta["files"]
         out = Path(cfg.out_json or Path(cfg.ckpt).parent / cfg.split / "predictions.json")
     else:
         items, encoder = image_items(cfg), open_encoder(cfg, meta, place.kind)
@@ -266,7 +268,8 @@ def main(cfg: SampleConfig) -> dict:
         partial = Partial(
             out.with_name(out.name + ".partial.jsonl"),
             {"ckpt": weights, "decoding": asdict(decoding), "prompt": prompt,
-             "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items]},
+             "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items],
+             "dtype": str(place.dtype), "clip": cfg.clip, "data": files},
         )  # fmt: skip
         if done := partial.done:
             print(f"going on after {len(done)} images that {partial.path} holds")

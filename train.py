@@ -6,7 +6,8 @@
     python train.py config/coco.py --resume
 
 Writes to `out/<dataset>/`: ckpt.pt, the best by validation CIDEr, with all that sample.py needs;
-last.pt, from which --resume goes on; log.jsonl, every line that was logged.
+last.pt, from which --resume goes on; log.jsonl, every line that was logged. Without --resume, an
+earlier run's are moved to `out/<dataset>/previous/`.
 """
 
 import contextlib
@@ -15,9 +16,12 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import metrics
-from configurator import Config, UserError, configure, run, to_dict
+from configurator import Config, UserError, configure, run
 from data import Order, Split, ahead, append, batches, write_text
 from decode import Decoding, generate
 from model import ClipLM, ModelConfig
@@ -153,11 +157,13 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 class Average:
-    """Moving average of the weights; with decay 0, the weights themselves."""
+    """Moving average of the weights, begun from `weights` or those of the model; with decay 0,
+    the weights themselves."""
 
-    def __init__(self, model: ClipLM, decay: float):
+    def __init__(self, model: ClipLM, decay: float, weights: dict):
         self.model, self.decay = model, decay
-        self.weights = {k: v.clone() for k, v in model.state_dict().items()} if decay else {}
+        now = model.state_dict() if decay else {}
+        self.weights = {k: v.clone().copy_(weights.get(k, v)) for k, v in now.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -196,14 +202,17 @@ class Evaluation:
         self.decoding = Decoding(max_len=min(40, cfg.block_size - model.cfg.prefix_length))
 
     @torch.inference_mode()
-    def __call__(self) -> tuple[dict, list[str]]:
-        """The figures, and the captions of `images`, the same on every rank."""
+    def __call__(self, signals: "Signals") -> tuple[dict, list[str]] | None:
+        """The figures, and the captions of `images`, the same on every rank. None after a signal:
+        a scheduler that has sent one may not wait until the end."""
         place, size, tokenizer = self.place, 64, self.split.tokenizer
         self.model.eval()
         by_length = np.argsort(self.split.lengths, kind="stable")  # like lengths pad little
         parts = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         nll = shuffled = targets = 0.0
         for batch in ahead(self.split.pack(rows) for rows in parts[place.rank :: place.world]):
+            if signals.asked:
+                break
             batch = place.put(batch)
             targets += len(batch["targets"])
             other = batch | {"embeddings": batch["embeddings"].roll(1, 0)}  # of the image before
@@ -212,11 +221,15 @@ class Evaluation:
                 shuffled += loss_sum(self.model, other).item()
         mine, captions = self.images[place.rank :: place.world], []
         for i in range(0, len(mine), size):
+            if signals.asked:
+                break
             embeddings = self.split.embedding(mine[i : i + size]).to(place.device)
             with place.autocast():
                 found = generate(self.model, embeddings, tokenizer, self.decoding)
             captions += [tokenizer.decode(best[0].ids) for best in found]
         self.model.train()
+        if place.total(signals.asked)[0]:
+            return None
         nll, shuffled, targets = place.total(nll, shuffled, targets)
         every = place.gather(captions)
         captions = [every[i % place.world][i // place.world] for i in range(len(self.images))]
@@ -249,7 +262,7 @@ class Log:
         if self.master:
             write_text(self.path, "".join(kept_lines(self.path, step)))
         kind = cfg.track if self.master else "none"
-        self.track = Tracker(kind, to_dict(cfg), cfg.run_dir, cfg.run_dir.name, resume=step > 0)
+        self.track = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, resume=step > 0)
         self.begin()
 
     def begin(self) -> None:
@@ -291,7 +304,6 @@ class Log:
         self.say(f"step {step}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         for line in samples:
             self.say(line)
-        self.begin()
 
     def write(self, row: dict) -> None:
         if self.master:
@@ -354,21 +366,21 @@ def model_config(cfg: Config, meta: dict, vocab_size: int) -> ModelConfig:
     return size
 
 
-def random_state(place: Place) -> dict:
-    state = {"cpu": torch.get_rng_state()}
-    return state | (
-        {"cuda": torch.cuda.get_rng_state(place.device)} if place.kind == "cuda" else {}
-    )
+def generators(place: Place) -> dict:
+    """The modules that hold the random states of training: the CPU's, the device's."""
+    return {"cpu": torch, place.kind: torch if place.kind == "cpu" else getattr(torch, place.kind)}
 
 
 def check_resumable(
-    state: dict, path, cfg: Config, size: dict, meta: dict, world: int
+    state: dict, path, cfg: Config, size: dict, meta: dict, place: Place
 ) -> list[str]:
-    """Settings that differ from the checkpoint's. Raises UserError where it does not fit at all."""
+    """What differs from the run that wrote it. Raises UserError where it does not fit at all."""
     if "optimizer" not in state:
         raise UserError(f"{path} cannot be resumed from: it holds no optimizer; last.pt does")
     differ = [
-        f"{k} was {v}, is {size[k]}" for k, v in state["model_config"].items() if size.get(k) != v
+        f"{k} was {v}, is {size[k]}"
+        for k, v in state["model_config"].items()
+        if k != "dropout" and size.get(k) != v
     ]
     if differ:
         raise UserError(f"{path} is of another architecture: {'; '.join(differ)}")
@@ -378,14 +390,24 @@ def check_resumable(
         raise UserError(
             f"{path} was trained on another dataset: {', '.join(files) or 'files'} differ"
         )
-    if len(state["random"]) != world:
-        raise UserError(
-            f"{path} is of {len(state['random'])} processes, these are {world}: "
-            f"start as many to go on exactly"
-        )
-    now = to_dict(cfg)
-    return [f"{k} was {v}, is {now[k]}" for k, v in state["config"].items()
-            if k != "resume" and now.get(k) != v]  # fmt: skip
+    now, random = asdict(cfg), state["random"]
+    notes = [f"{k} was {v}, is {now[k]}" for k, v in state["config"].items()
+             if k != "resume" and now.get(k) != v]  # fmt: skip
+    if len(random) != place.world or place.kind not in random[0]:
+        then = f"{len(random)} x {' '.join(random[0])}"
+        notes.append(f"it was of {then}, this is {place.world} x {place.kind}: draws will differ")
+    return notes
+
+
+def set_aside(folder: Path) -> None:
+    """Moves the files of an earlier run, that is not to be resumed, to `folder`/previous."""
+    aside = folder / "previous"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in ("ckpt.pt", "last.pt", "log.jsonl"):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
+    print(f"{folder} holds an earlier run: its files are now in {aside}; --resume goes on")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,15 +418,15 @@ def main(cfg: Config) -> dict:
     """Trains as `cfg` says. Returns the last evaluation's figures."""
     place = Place(cfg.device, cfg.dtype)
     keep_freed_memory()
-    step, scores = loop(cfg, place)
+    scores = loop(cfg, place)
     place.leave()
-    if step < cfg.max_iters:
+    if scores is None:
         sys.exit(PREEMPTED)
     return scores
 
 
-def loop(cfg: Config, place: Place) -> tuple[int, dict]:
-    """Returns the last step, below max_iters after a signal, and the last evaluation's figures."""
+def loop(cfg: Config, place: Place) -> dict | None:
+    """The last evaluation's figures; None if a signal stopped it."""
     signals = Signals(echo=5.0 if place.world > 1 else 0.0)
     train, val = Split(cfg.data_dir, "train"), Split(cfg.data_dir, "val")
     meta, size = train.meta, model_config(cfg, train.meta, len(train.tokenizer))
@@ -417,21 +439,29 @@ def loop(cfg: Config, place: Place) -> tuple[int, dict]:
     groups = model.optimizer_groups(cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=place.kind != "mps")
     scaler = torch.amp.GradScaler(place.kind, enabled=place.dtype == torch.float16)
-    average, evaluate = Average(model, cfg.ema), Evaluation(val, cfg, place, model)
-    step, highest, bad, scores = 0, -1.0, 0, {}
+    evaluate = Evaluation(val, cfg, place, model)
+    step, scored, scores, highest, bad = 0, 0, {}, (-1.0, 0.0), 0  # scored: the last step that was
+    state, notes = {}, []
     if cfg.resume and last.is_file():
         state = checkpoint.load(last)
-        differ = check_resumable(state, last, cfg, checkpoint.asdict(size), meta, place.world)
+        notes = check_resumable(state, last, cfg, asdict(size), meta, place)
         checkpoint.fill(model, state["model"], last)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        average.weights = {k: v.to(place.device) for k, v in state["average"].items()}
-        torch.set_rng_state(state["random"][place.rank]["cpu"])
-        if place.kind == "cuda":
-            torch.cuda.set_rng_state(state["random"][place.rank]["cuda"], place.device)
-        step, highest, scores = state["step"], state["highest"], state["scores"]
+        own = optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        if len(state["random"]) == place.world:
+            for kind, module in generators(place).items():
+                if kind in state["random"][place.rank]:
+                    module.set_rng_state(state["random"][place.rank][kind])
+        step, scored, scores = state["step"], state["scored"], state["scores"]
+        highest = tuple(state["highest"])
+    average = Average(model, cfg.ema, state.pop("average", {}))
+    state.clear()  # of no more use, and large
     if len(set(place.gather(step))) > 1:
         raise UserError(f"{last} is not the same on every machine: all must share its folder")
+    if not cfg.resume and place.rank == 0 and last.is_file():
+        set_aside(cfg.run_dir)
 
     wrapped = model
     if cfg.compile if cfg.compile is not None else place.kind == "cuda":
@@ -446,30 +476,50 @@ def loop(cfg: Config, place: Place) -> tuple[int, dict]:
     )
     if cfg.resume:
         log.say(f"resumed from {last} at step {step}" if step else f"no {last} yet: from the start")
-        for line in differ if step else []:
+        for line in notes:
             log.say(f"    note: {line}")
 
-    def save(stopping: bool = False) -> None:
-        """last.pt, and ckpt.pt where these scores are the best so far."""
+    def save() -> None:
+        """last.pt, and ckpt.pt if this step's scores are the best: by CIDEr, then by loss."""
         nonlocal highest
         content = checkpoint.pack(
-            model, train.tokenizer, meta, to_dict(cfg), step=step, scores=scores
+            model, train.tokenizer, meta, asdict(cfg), step=step, scores=scores
         )
-        random = place.gather(random_state(place))
-        if scores and not stopping and scores["CIDEr"] > highest:
-            highest = scores["CIDEr"]
+        random = place.gather({k: v.get_rng_state() for k, v in generators(place).items()})
+        if scores and scored == step and (scores["CIDEr"], -scores["val_loss"]) > highest:
+            highest = scores["CIDEr"], -scores["val_loss"]
             if log.master:
                 with average.applied():
                     checkpoint.save(best, content)
         if log.master:
             checkpoint.save(last, content | {
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "average": average.weights, "random": random, "highest": highest,
+                "average": average.weights, "random": random, "scored": scored,
+                "highest": highest,
             })  # fmt: skip
 
     stream = batches(train, order, step, cfg.max_iters, place.rank, place.world,
                      cfg.gradient_accumulation_steps)  # fmt: skip
-    while step < cfg.max_iters:
+    while True:
+        # -- evaluate and save; a signal cuts an evaluation off, and the next run begins with it
+        found, stopping = None, place.total(signals.asked)[0] > 0
+        if step > scored and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
+            with average.applied():
+                found = None if stopping else evaluate(signals)
+            stopping = not found
+        if found:
+            (scores, captions), scored = found, step
+            log.scores(step, scores, evaluate.show(captions, cfg.samples))
+        if found or stopping:
+            save()
+            log.begin()
+        if scored == cfg.max_iters:
+            break
+        if stopping:
+            log.track.close("KILLED")
+            log.say(f"stopped by a signal after step {step}: run again with --resume")
+            return None
+
         # -- learning rate
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
@@ -504,7 +554,7 @@ def loop(cfg: Config, place: Place) -> tuple[int, dict]:
         step += 1
         average.update(step)
 
-        # -- log, evaluate and save
+        # -- log
         log.count(counts, waited)
         if bad:
             log.say(f"step {step}: the gradient is not finite, skipped")
@@ -515,24 +565,12 @@ def loop(cfg: Config, place: Place) -> tuple[int, dict]:
             )
         if step % cfg.log_interval == 0:
             log.line(step, place.total(nll.item())[0] / counts["targets"], norm, lr)
-        stopping = place.total(signals.asked)[0] > 0
-        if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-            with average.applied():
-                scores, captions = evaluate()
-            log.scores(step, scores, evaluate.show(captions, cfg.samples))
-            save()
-        elif stopping:
-            save(stopping)
-        if stopping and step < cfg.max_iters:
-            log.track.close("KILLED")
-            log.say(f"stopped by a signal after step {step}: run again with --resume")
-            return step, scores
     log.bar.close()
     if log.master:
         log.track.artifact(best)
         log.track.close()
-        print(f"best CIDEr {highest:.4f} in {best}")
-    return step, scores
+        print(f"best CIDEr {highest[0]:.4f} in {best}")
+    return scores
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import configurator
-from configurator import Config, ConfigError, UserError, configure, from_dict, run, to_dict
+from configurator import Config, ConfigError, UserError, configure, from_dict, run
 
 ROOT = Path(configurator.__file__).parent
 
@@ -433,10 +433,10 @@ def test_help_of_another_class(capsys):
 
 def test_settings_survive_a_checkpoint():
     cfg = Config(compile=False, captions="é", learning_rate=0.1, n_layer=3)
-    assert from_dict(Config, to_dict(cfg), "ckpt.pt") == cfg
-    assert from_dict(Config, json.loads(json.dumps(to_dict(cfg))), "ckpt.pt") == cfg
+    assert from_dict(Config, asdict(cfg), "ckpt.pt") == cfg
+    assert from_dict(Config, json.loads(json.dumps(asdict(cfg))), "ckpt.pt") == cfg
     both = Sampling("c.pt", ("a", "b"), top_p=0.5)
-    assert from_dict(Sampling, json.loads(json.dumps(to_dict(both))), "x") == both
+    assert from_dict(Sampling, json.loads(json.dumps(asdict(both))), "x") == both
     assert from_dict(Config, {"n_layer": 2}, "ckpt.pt") == Config(n_layer=2)
 
 
@@ -552,7 +552,7 @@ def settings_or_one_line(capsys, argv, cls=Config):
         cfg, status = None, stop.code
     out, err = capsys.readouterr()
     if cfg is not None:
-        assert err == "" and from_dict(cls, to_dict(cfg), "again") == cfg
+        assert err == "" and from_dict(cls, asdict(cfg), "again") == cfg
         for name, kind in configurator.kinds_of(cls).items():
             assert configurator.cast(name, getattr(cfg, name), kind) == getattr(cfg, name)
     elif status == 0:
@@ -616,7 +616,7 @@ TEXT = st.text(st.characters(codec="utf8", max_codepoint=0xFFFF, exclude_charact
 )
 def test_flags_and_files_say_what_a_config_says(cfg):
     """Oracle: any settings, written out in each of the ways, read back as themselves."""
-    pairs = to_dict(cfg)
+    pairs = asdict(cfg)
     assert configure(Config, [f"--{name}={value}" for name, value in pairs.items()]) == cfg
     py = "\n".join(f"{name} = {value!r}" for name, value in pairs.items())
     assert configure(Config, [written("c.py", py)]) == cfg

@@ -113,6 +113,13 @@ def test_attention_maps_are_what_the_model_computes(trained):
     assert torch.allclose(weights[:2], torch.tensor(maps[0][0]), atol=1e-4)
 
 
+def test_attention_of_a_caption_that_fills_the_block(trained):
+    """It was read one position beyond the last, where there is none."""
+    run("--split=val", "--max_len=30", "--min_len=30", "--attention")  # 2 + 30 = block_size
+    predictions = json.loads(Path("out/tiny/val/predictions.json").read_text())
+    assert all(len(p["attention"]) == len(p["tokens"]) == 30 for p in predictions)
+
+
 @pytest.mark.parametrize(
     "args, says",
     [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,74 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+def test_a_signal_cuts_an_evaluation_off_and_the_next_run_begins_with_it(here, monkeypatch):
+    """torchrun kills 30 s after a signal; evaluations that take longer lost the steps before."""
+    whole = train.main(Config(**SMALL | dict(out_dir="whole", ema=0.9, dropout=0.1)))
+    cfg, calls = Config(**SMALL | dict(out_dir="parts", ema=0.9, dropout=0.1)), []
+
+    def during(*args, real=train.generate):
+        calls.append(args)
+        if len(calls) == 2:  # the last evaluation, at step 12
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "generate", during)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(cfg)
+    assert stopped.value.code == train.PREEMPTED and len(calls) == 2
+    assert torch.load("parts/last.pt", weights_only=True)["step"] == 12
+    assert not any("val_loss" in row for row in log_of("parts") if row["step"] == 12)
+    assert train.main(replace(cfg, resume=True)) == whole
+    for file in ("ckpt.pt", "last.pt"):
+        a, b = weights(f"whole/{file}"), weights(f"parts/{file}")
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
+    shown = [[row for row in log_of(out) if "val_loss" in row] for out in ("whole", "parts")]
+    assert shown[0] == shown[1]
+
+
+def test_what_may_change_on_resume_is_noted_and_takes_effect(here, capfd):
+    """Once the optimizer's settings stayed the old run's, and ema or float16, when new, crashed."""
+    train.main(Config(**SMALL))
+    args = dict(weight_decay=0.5, beta2=0.5, dropout=0.2, ema=0.9, dtype="float16")
+    train.main(Config(**SMALL | args | dict(resume=True, max_iters=18)))
+    out = capfd.readouterr().out
+    for key, value in args.items():
+        assert f"note: {key} was " in out and f", is {value}" in out
+    group = torch.load("out/tiny/last.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and group["betas"][1] == 0.5
+
+
+def test_fewer_processes_go_on_where_more_stopped(here):
+    """With other draws, which is noted; without dropout there are none."""
+    args, short = flags(lr_decay_iters=12), "--max_iters=6"
+    finish(start("train.py", *args, "--out_dir=whole"))
+    finish(start("train.py", *args, "--out_dir=parts", short, processes=2))
+    log = finish(start("train.py", *args, "--out_dir=parts", "--resume"))
+    assert "note: it was of 2 x cpu, this is 1 x cpu: draws will differ" in log
+    assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
+
+
+def test_of_equal_cider_the_lower_loss_is_kept(here):
+    """CIDEr of one image is 0 at any step, and ckpt.pt stayed the first evaluation's."""
+    train.main(Config(**SMALL | dict(eval_images=1)))
+    rows = [row for row in log_of("out/tiny") if "val_loss" in row]
+    assert [row["CIDEr"] for row in rows] == [0, 0]
+    best = min(rows, key=lambda row: row["val_loss"])
+    assert torch.load("out/tiny/ckpt.pt", weights_only=True)["step"] == best["step"] == 12
+
+
+def test_an_earlier_run_is_moved_not_overwritten(here, capfd):
+    train.main(Config(**SMALL))
+    before = {name: Path("out/tiny", name).read_bytes() for name in ("ckpt.pt", "last.pt")}
+    train.main(Config(**SMALL | dict(seed=1)))
+    assert "its files are now in out/tiny/previous" in capfd.readouterr().out
+    for name, data in before.items():
+        assert Path("out/tiny/previous", name).read_bytes() == data
+        assert Path("out/tiny", name).read_bytes() != data
+    assert len(log_of("out/tiny")) == len(log_of("out/tiny/previous")) == 14
 
 
 LEAVING = """
