@@ -87,6 +87,9 @@ def open_text(path: str):
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+KNOWN = ("image", "caption", "id", "split", "tokens")  # columns of a CSV, keys of a JSON line
+
+
 def read_csv(cfg: Config, problems: Problems) -> Iterator[Row]:
     """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
     for split, path in files_of(cfg):
@@ -106,6 +109,8 @@ def read_csv(cfg: Config, problems: Problems) -> Iterator[Row]:
                     if not {"image", "caption"} <= set(header):
                         raise UserError(f"{where}: expected a header with image,caption, "
                                         f"got `{','.join(header)[:60]}`")  # fmt: skip
+                    if twice := [name for name in KNOWN if header.count(name) > 1]:
+                        raise UserError(f"{where}: two columns are called {twice[0]}")
                 elif cells and len(cells) != len(header):
                     told = f"{len(cells)} for {len(header)} columns (a comma without quotes?)"
                     problems.add("wrong number of cells", where, told)
@@ -127,7 +132,9 @@ def read_jsonl(cfg: Config, problems: Problems) -> Iterator[Row]:
                 except (ValueError, RecursionError) as error:
                     problems.add("not JSON", where, error)
                     continue
-                if isinstance(entry, dict):
+                if isinstance(entry, dict) and {"caption", "captions"} <= set(entry):
+                    problems.add("both `caption` and `captions`", where)
+                elif isinstance(entry, dict):
                     yield row_of(entry, split, where)
                 elif line.strip():
                     problems.add("not a JSON object", where, line.strip())
@@ -237,47 +244,67 @@ def read_shards(cfg: Config, problems: Problems) -> Iterator[Row]:
             raise UserError(f"{pattern}: no .tar files")
         for path in found:
             samples: dict[str, dict] = {}  # key -> what is known of it
-            for where, member, read in tar_members(path, problems):
-                key, _, kind = member.name.rpartition("/")[2].partition(".")
-                sample = samples.setdefault(key, {"where": where})
-                if kind.lower() in ("jpg", "jpeg", "png", "webp"):
-                    if "at" in sample:
-                        problems.add("two images of one key", where, member.name)
+            for where, member, text in tar_members(path, problems):
+                key, kind = os.path.splitext(os.path.normpath(member.name))
+                sample, kind = samples.setdefault(key, {"where": where}), kind.lower()
+                if kind in (".jpg", ".jpeg", ".png", ".webp"):
+                    kind = "image"
                     sample["name"] = f"{path[len(root) :]}/{member.name}"
                     sample["at"] = (path, member.offset_data, member.size)
-                elif kind in ("txt", "json") and member.size > 1 << 20:
-                    problems.add("text of more than 1 MiB", where, member.name)
-                elif kind == "txt":
-                    sample["caption"] = read(member).decode("utf-8", "surrogateescape")
-                elif kind == "json":
+                if kind in sample:
+                    problems.add("two members of one key and kind", where, member.name)
+                sample[kind] = text
+                if kind == ".json" and text is not None:
                     try:
-                        sample["json"] = json.loads(read(member))
+                        sample["told"] = json.loads(text)
                     except (ValueError, RecursionError) as error:
                         problems.add("not JSON", where, error)
             for key, sample in samples.items():
+                told = sample.get("told") if isinstance(sample.get("told"), dict) else {}
+                caption = told.get("caption")
+                if ".txt" in sample:
+                    caption = (sample[".txt"] or b"").decode("utf-8", "surrogateescape")
                 if "at" in sample:
-                    told = sample.get("json") if isinstance(sample.get("json"), dict) else {}
-                    caption = sample.get("caption", told.get("caption"))
                     yield Row(sample["where"], split, sample["name"], [caption],
                               told.get("key") or key, at=sample["at"])  # fmt: skip
-                elif "caption" in sample or "json" in sample:
+                elif ".txt" in sample or ".json" in sample:
                     problems.add("captions without an image", sample["where"], key)
 
 
 def tar_members(path: str, problems: Problems) -> Iterator[tuple]:
-    """(where, member, read) of a tar's plain files; links and names that leave it are problems."""
+    """(where, member, content of a .txt or .json) of a tar's plain files. Links, names that leave
+    it and a tar that is cut or goes on after its end are problems."""
     try:
         with tarfile.open(path, "r:") as tar:
             for i, member in enumerate(tar):
-                where = f"{path}: member {i}"
+                where, text = f"{path}: member {i}", None
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     problems.add("file name outside the tar", where, member.name)
-                elif member.isfile():
-                    yield where, member, lambda member: tar.extractfile(member).read()
-                elif not member.isdir():
-                    problems.add("neither a file nor a folder", where, member.name)
+                elif member.isdir():
+                    continue
+                elif not member.isfile() or member.issparse():
+                    problems.add("neither a plain file nor a folder", where, member.name)
+                else:
+                    if member.name.lower().endswith((".txt", ".json")):
+                        if member.size > 1 << 20:
+                            problems.add("text of more than 1 MiB", where, member.name)
+                        else:
+                            text = tar.extractfile(member).read()
+                    yield where, member, text
+            end = tar.offset  # here tarfile stops without a word, whatever follows
+            with open(path, "rb") as file:
+                file.seek(end)
+                block = file.read(tarfile.RECORDSIZE)
+                whole = len(block) >= tarfile.BLOCKSIZE
+                while whole and block:
+                    whole, block = not block.strip(b"\0"), file.read(1 << 20)
+                if not whole:
+                    told = f"no end mark at byte {end} of {os.path.getsize(path)}"
+                    problems.add("tar that is cut, damaged, or two in one", path, told)
     except (tarfile.TarError, EOFError) as error:
-        problems.add("broken tar", path, error)
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        problems.add("broken tar", path, "compressed: gunzip it first" if packed else error)
 
 
 READERS = {
@@ -330,7 +357,7 @@ def locate(record: dict, split: str, cfg: Config) -> tuple[str, int, int]:
 def ids_of(tokens, tokenizer: Tokenizer) -> list[int] | None:
     """A caption's ids, of a list or of text such as `5 12 7` or `[5, 12, 7]`, without bos and eos.
 
-    None if it is neither, or not of the tokenizer's ordinary ids.
+    None if it is neither, or not of the tokenizer's ordinary ids, unk included.
     """
     if isinstance(tokens, str):
         words = tokens.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
@@ -340,7 +367,7 @@ def ids_of(tokens, tokenizer: Tokenizer) -> list[int] | None:
         return None
     tokens = tokens[tokens[:1] == [tokenizer.bos] :]
     tokens = tokens[: len(tokens) - (tokens[-1:] == [tokenizer.eos])]
-    special = (tokenizer.pad, tokenizer.bos, tokenizer.eos)
+    special = {tokenizer.pad, tokenizer.bos, tokenizer.eos} - {tokenizer.unk}
     usual = (type(t) is int and 0 <= t < len(tokenizer) and t not in special for t in tokens)
     return tokens if tokens and all(usual) else None
 
@@ -350,6 +377,7 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
     names: dict[str, dict[str, dict]] = {}  # split -> file name -> record
     roots: dict[str, str] = {}  # split -> images folder
     ids, caption_ids, unnumbered, with_tokens, tokenizer = set(), set(), 0, None, None
+    with_caption_ids = None
     if cfg.tokenizer:
         tokenizer = Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
     for row in rows:
@@ -373,11 +401,14 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
         if not os.path.abspath(os.path.join(root, name)).startswith(root):
             problems.add("file name outside the images folder", where, name)
             continue
-        if any(name in there for other, there in names.items() if other != split):
+        path = os.path.normpath(name)
+        path = name if path == name else path  # one string less for each of millions
+        if any(path in there and roots[other] == root
+               for other, there in names.items() if other != split):  # fmt: skip
             problems.add("image in two splits", where, name)
-        record = here.get(name)
+        record = here.get(path)
         if record is None:
-            record = here[name] = {"id": row.id, "file_name": name, "captions": []}
+            record = here[path] = {"id": row.id, "file_name": name, "captions": []}
             if row.at:
                 record["at"] = row.at
                 record |= {"bad": f"caption: {wrong[0]}"} if lenient and wrong else {}
@@ -397,6 +428,10 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
         elif row.id is not None and row.id != record["id"]:
             problems.add("image with two ids", where, f"{name}: {row.id}")
         record["captions"] += captions
+        if with_caption_ids is None:
+            with_caption_ids = bool(row.caption_ids)
+        if with_caption_ids != bool(row.caption_ids):
+            problems.add("caption ids for some images only", where)
         if row.caption_ids:
             record.setdefault("caption_ids", []).extend(row.caption_ids)
             for number in row.caption_ids:
@@ -414,7 +449,8 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
             given = row.tokens if isinstance(row.tokens, list) else [None]
             tokens = [ids_of(t, tokenizer) for t in given]
             if None in tokens or len(tokens) != len(captions):
-                problems.add("bad tokens", where, row.tokens)
+                kind = f"bad tokens (expected ids of {cfg.tokenizer}, none of them pad, bos or eos)"
+                problems.add(kind, where, row.tokens)
             record.setdefault("tokens", []).extend(tokens)
     splits = {split: list(records.values()) for split, records in names.items()}
     if unnumbered and ids:

@@ -1,6 +1,7 @@
 """From source files to a dataset directory: every format, bad input, kills, ranks, downloads."""
 
 import csv
+import gzip
 import hashlib
 import http.server
 import io
@@ -264,7 +265,7 @@ def test_the_users_own_tokens_and_tokenizer(here, clip, capsys):
     Path("val.csv").write_text("image,caption,tokens\nf.png,x,5 99\ng.png,x,7 8\n")
     with pytest.raises(UserError, match="{split}.csv: 1 problem"):
         prepare.main(Config(tokenizer="own.model", **told))
-    assert "bad tokens: 1\n  val.csv:2: ['5 99']" in capsys.readouterr().err
+    assert "none of them pad, bos or eos): 1\n  val.csv:2: ['5 99']" in capsys.readouterr().err
     Path("val.csv").write_text("image,caption\nf.png,x\n")
     with pytest.raises(UserError, match="{split}.csv: 1 problem"):
         prepare.main(Config(tokenizer="own.model", **told))
@@ -433,12 +434,79 @@ def test_hostile_tars(here, capsys):
         "file name outside the tar: 2\n  t/0.tar: member 0: ../../escape.png",
         "t/0.tar: member 1: /etc/escape.png", "text of more than 1 MiB: 1\n  t/0.tar: member 3",
         "captions without an image: 1\n  t/0.tar: member 4",
-        "neither a file nor a folder: 1\n  t/0.tar: member 5: 2.png",
+        "neither a plain file nor a folder: 1\n  t/0.tar: member 5: 2.png",
         "not JSON: 1\n  t/1.tar: member 1",
         "broken tar: 2\n  t/2.tar", "  t/3.tar",
     ):  # fmt: skip
         assert expected in listed
     assert {p for p in here.rglob("*")} == before
+
+
+def shard_of(path: str, members: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            add(tar, name, data)
+    return Path(path).read_bytes()
+
+
+def test_no_sample_of_a_cut_or_damaged_tar_is_lost_without_a_word(here, capsys):
+    """tarfile takes a header that is cut or damaged, and what follows an end mark, for the end."""
+    whole = shard_of("s.tar", {f"{i}.{k}": b"x" * 600 for i in range(9) for k in ("png", "txt")})
+    damaged, sixth = bytearray(whole), 5 * 2 * 1536
+    damaged[sixth + 8] ^= 1
+    for data in (damaged, whole[:sixth], whole[: sixth + 100], whole + whole):
+        Path("s.tar").write_bytes(data)
+        listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+        assert "tar that is cut, damaged, or two in one: 1\n  s.tar: no end mark at byte" in listed
+    Path("s.tar").write_bytes(whole[: sixth + 512 + 100])  # within a text, which is read at once
+    assert "broken tar: 1\n  s.tar: un" in problems_of(capsys, source="shards", captions="s.tar")[0]
+    Path("s.tar").write_bytes(gzip.compress(whole))
+    listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+    assert "s.tar: compressed: gunzip it first" in listed
+
+
+def test_keys_of_a_tar_may_have_dots_and_folders(here, capsys):
+    names = ("dog.v2", "x/0", "y/0", "./z")
+    shard_of("s.tar", {f"{n}.{k}": n.encode() for n in names for k in ("PNG", "txt")})
+    problems = sources.Problems()
+    cfg = Config(source="shards", captions="s.tar")
+    rows = list(sources.read_shards(cfg, problems))
+    assert [(row.id, row.captions) for row in rows] == [
+        ("dog.v2", ["dog.v2"]), ("x/0", ["x/0"]), ("y/0", ["y/0"]), ("z", ["./z"])
+    ]  # fmt: skip
+    with tarfile.open("s.tar", "a") as tar:
+        add(tar, "x/0.txt", b"another")
+    listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+    assert "two members of one key and kind: 1\n  s.tar: member 8: x/0.txt" in listed
+
+
+def test_one_file_by_two_names_is_one_image(here, capsys):
+    """`./a.png` in val was another image than `a.png` in train; folders of each split do differ."""
+    photos(here / "photos", ["a.png", "train/1.png", "val/1.png"])
+    Path("x.csv").write_text("image,caption,split\na.png,x,train\n./a.png,x,val\n")
+    listed, _ = problems_of(capsys, source="csv", captions="x.csv")
+    assert "image in two splits: 1\n  x.csv:3: ./a.png" in listed
+    Path("x.csv").write_text("image,caption,split\n1.png,x,train\n1.png,y,val\n")
+    cfg = Config(source="csv", captions="x.csv", images="photos/{split}")
+    assert {s: r[0]["captions"] for s, r in sources.read(cfg).items()} == {
+        "train": ["x"], "val": ["y"]
+    }  # fmt: skip
+
+
+def test_nothing_is_dropped_where_a_source_says_a_thing_twice_or_for_some_only(here, capsys):
+    photos(here / "photos", ["a.png", "b.png"])
+    Path("x.csv").write_text("image,caption,caption\na.png,one,two\n")
+    _, error = problems_of(capsys, source="csv", captions="x.csv")
+    assert error == "x.csv:1: two columns are called caption"
+    Path("x.jsonl").write_text('{"image": "a.png", "caption": "one", "captions": ["two"]}')
+    listed, _ = problems_of(capsys, source="jsonl", captions="x.jsonl")
+    assert "both `caption` and `captions`: 1\n  x.jsonl:1" in listed
+    sentences = {"a": {"raw": "x"}, "b": {"raw": "y", "sentid": 0}}
+    images = [{"filename": f"{n}.png", "split": "train", "imgid": n, "sentences": [sentence]}
+              for n, sentence in sentences.items()]  # fmt: skip
+    Path("k.json").write_text(json.dumps({"images": images}))
+    listed, _ = problems_of(capsys, source="karpathy", captions="k.json")
+    assert "caption ids for some images only: 1\n  k.json: images[1]" in listed
 
 
 @pytest.fixture(scope="module")
