@@ -9,7 +9,11 @@ grid x grid patches. Embeddings are stored as they come: `model.ClipLM.prefix` n
 Needs the extras: pip install -r requirements-clip.txt
 """
 
+import contextlib
+import errno
 import hashlib
+import io
+import os
 import struct
 import warnings
 import zlib
@@ -35,6 +39,7 @@ class BadImage(Exception):
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .avif".split())
 LARGEST = 1 << 28  # bytes of a file
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NARROWEST = 200  # width : height, or the reverse; the resize to CLIP's height grows with it
 # What Pillow raises on broken files, besides its own UnidentifiedImageError (an OSError).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
@@ -45,18 +50,20 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
     """The image in a file, or in `size` bytes of it from `offset`, as an upright PIL RGB image.
 
     Turned as its EXIF tag says, transparency on white, 16 bits scaled to 8, of an animation the
-    first frame. Size and format are looked at before any pixel is decoded. Raises BadImage.
+    first frame. Size and format are looked at before any pixel is decoded. Raises BadImage, and
+    UserError where not the image but the reading fails: no permission, a disk or network at fault.
     """
-    import io
+    from PIL import Image, PngImagePlugin
 
-    from PIL import Image
-
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a colour profile may be large
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(LARGEST + 1 if size < 0 else min(size, LARGEST + 1))
     except OSError as error:
-        raise BadImage(error.strerror) from None
+        if error.errno in MISSING:
+            raise BadImage(error.strerror) from None
+        raise UserError(f"{path}: {error.strerror}: the same command goes on") from None
     if not data:
         raise BadImage("empty file")
     if len(data) > LARGEST:
@@ -70,15 +77,21 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
             if max(width, height) > NARROWEST * min(width, height):
                 raise BadImage(f"{width} x {height} pixels: too narrow")
             image.load()
-            image = upright(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            turn = orientation(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                image = eight_bits(image)
+            clear = image.info.get("transparency")
+            if (
+                isinstance(clear, tuple) and max(clear) > 255
+            ):  # Pillow takes RGB's 8 high bits alone
+                image.info["transparency"] = tuple(value >> 8 for value in clear)
             if image.mode in ("I", "F"):
                 raise BadImage(f"32-bit pixels (mode {image.mode}), of no known range")
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            return image if turn is None else image.transpose(turn)
         except Image.UnidentifiedImageError:
             raise BadImage(f"no image in a known format ({' '.join(FORMATS)})") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -88,33 +101,56 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
             raise BadImage(f"broken: {error or type(error).__name__}") from None
 
 
-def upright(image):
-    """The image turned as its EXIF orientation says. A broken tag is none."""
+def eight_bits(image):
+    """A grey image of 16 bits, or of 9 to 15 in a TIFF, with 8."""
+    from PIL import Image
+
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    grey = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)  # 258: BitsPerSample
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+        grey = 255 - grey
+    if (clear := image.info.get("transparency")) is None:
+        return Image.fromarray(grey)
+    opaque = np.where(values == clear, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack((grey, opaque), -1))
+
+
+def orientation(image):
+    """How Pillow has to turn the image, as its EXIF says. A broken tag is none."""
     from PIL.Image import Transpose
 
     turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
              5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
              8: Transpose.ROTATE_90}  # fmt: skip
-    try:
-        turn = turns.get(image.getexif().get(0x0112))
-    except BROKEN:
-        turn = None
-    return image if turn is None else image.transpose(turn)
+    with contextlib.suppress(*BROKEN):
+        return turns.get(image.getexif().get(0x0112))
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
     """The files among `paths`, and the images in those that are folders, sorted by name.
 
-    Raises UserError where a path does not exist, or a folder holds no image.
+    Raises UserError where a path does not exist, or a folder holds no image or cannot be read.
     """
+
+    def unreadable(error: OSError):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
     found = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
-        if path.is_dir() and not inside:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(
+            Path(folder, name)
+            for folder, _, names in os.walk(path, onerror=unreadable)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES
+        )
+        if not inside:
             raise UserError(f"{path}: no images in it ({' '.join(SUFFIXES)})")
-        found += inside or [path]
+        found += inside
     return found
 
 
@@ -131,7 +167,7 @@ class Reader:
             input_data_format="channels_last",  # else guessed, wrongly for images 3 pixels high
         )["pixel_values"]  # fmt: skip
 
-    def __getitem__(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]]:
+    def __getitem__(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]] | UserError:
         """The pixels of the readable files, and the reason for each other one, by its place."""
         images, bad = [], {}
         for i, file in enumerate(files):
@@ -139,6 +175,8 @@ class Reader:
                 images.append(read_image(*file))
             except BadImage as error:
                 bad[i] = str(error)
+            except UserError as error:  # DataLoader would wrap it in a traceback
+                return error
         return self.pixels(images) if images else torch.empty(0), bad
 
 
@@ -168,20 +206,21 @@ class Encoder:
             raise UserError(f"{error.name} is missing: {need}") from None
         from safetensors import SafetensorError
 
-        if name.startswith((".", "/", "~", "assets/")) and not Path(name).is_dir():
-            raise UserError(f"clip={name}: no such folder")
+        where = os.path.expanduser(name)
+        if name.startswith((".", "/", "~", "assets/")) and not Path(where).is_dir():
+            raise UserError(f"clip={name}: no such folder; --clip=FOLDER tells where it lies")
         transformers.logging.set_verbosity_error()  # it would advise torchvision
         transformers.logging.disable_progress_bar()
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            kind = AutoConfig.from_pretrained(where).model_type
             if kind in ("clip", "clip_vision_model"):
                 cls = transformers.CLIPVisionModelWithProjection
             elif kind in ("siglip", "siglip_vision_model"):
                 cls = transformers.SiglipVisionModel
             else:
                 raise UserError(f"clip={name} is a {kind} model; CLIP or SigLIP is needed")
-            model, info = cls.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-            processor = AutoImageProcessor.from_pretrained(name)
+            model, info = cls.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
+            processor = AutoImageProcessor.from_pretrained(where)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"clip={name} could not be loaded: {reason}") from None
@@ -245,16 +284,33 @@ class Encoder:
         next batch is given to the device before the last one is waited for.
 
         Yields, for each batch in order: (n, P, D) float16 of its n readable files, and the
-        reason for each other file, by its place in the batch.
+        reason for each other file, by its place in the batch. Raises UserError where files cannot
+        be read for another reason than their own, or a worker dies.
         """
         loader = DataLoader(self.reader, sampler=batches, batch_size=None, num_workers=workers,
                             pin_memory=self.device.type == "cuda")  # fmt: skip
         empty = torch.empty(0, self.n_positions, self.embedding_dim, dtype=torch.float16)
         begun = None
-        for pixels, bad in loader:
+        for read in unbroken(loader):
+            if isinstance(read, UserError):
+                raise read
+            pixels, bad = read
             next_ = (self.encode(pixels) if len(pixels) else empty, bad)
             if begun:
                 yield begun[0].cpu(), begun[1]
             begun = next_
         if begun:
             yield begun[0].cpu(), begun[1]
+
+
+def unbroken(loader: DataLoader) -> Iterator:
+    """The loader's items. Raises UserError where a worker dies, of its memory or a signal."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{reason}: the same command goes on, perhaps with fewer --workers"
+        ) from None
