@@ -141,6 +141,8 @@ class Config:
         if self.batch_size % self.gradient_accumulation_steps:
             steps = f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             refuse("batch_size", f"a multiple of {steps}", self.batch_size)
+        if self.embeddings and not self.embedding_names:
+            refuse("embedding_names", "a file with a name for each row of embeddings", "")
         if self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
         if self.features == "pooled" and self.n_prefix >= self.block_size:

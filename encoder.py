@@ -184,6 +184,16 @@ class Reader:
 # The model
 
 
+def extras() -> None:
+    """Raises UserError where the packages that an encoder needs are missing."""
+    try:
+        import PIL  # noqa: F401 - the processor needs it, and says so only in use
+        import transformers  # noqa: F401
+    except ImportError as error:
+        need = "pip install -r requirements-clip.txt"
+        raise UserError(f"{error.name} is missing: {need}") from None
+
+
 class Encoder:
     """A CLIP or SigLIP vision tower, in float32; on CUDA its layers run in float16 (autocast).
 
@@ -197,14 +207,10 @@ class Encoder:
     """
 
     def __init__(self, name: str, features: str = "pooled", grid: int = 0, device: str = "cpu"):
-        try:
-            import PIL  # noqa: F401 - the processor needs it, and says so only in use
-            import transformers
-            from transformers import AutoConfig, AutoImageProcessor
-        except ImportError as error:
-            need = "pip install -r requirements-clip.txt"
-            raise UserError(f"{error.name} is missing: {need}") from None
+        extras()
+        import transformers
         from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoImageProcessor
 
         where = os.path.expanduser(name)
         if name.startswith((".", "/", "~", "assets/")) and not Path(where).is_dir():

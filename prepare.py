@@ -56,12 +56,12 @@ class Ranks:
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def first(self, work):
-        """What `work()` returns on rank 0, on every rank; a UserError there ends them all."""
+        """What `work()` returns on rank 0, on every rank; a user's mistake there ends them all."""
         told, error = [None, None], None
         if self.rank == 0:
             try:
                 told[0] = work()
-            except UserError as problem:
+            except (UserError, OSError) as problem:
                 error = problem
                 told[1] = str(problem)
         if self.world > 1:
@@ -109,7 +109,7 @@ def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
     """Deals out the rows of the user's array to the splits, by file name. Returns meta's facts."""
     try:
         array = np.lib.format.open_memmap(cfg.embeddings, "r")
-        names = Path(cfg.embedding_names).read_text(encoding="utf-8").split("\n")
+        names = Path(cfg.embedding_names).read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{error.filename}: no such file") from None
     except UnicodeDecodeError:
@@ -128,13 +128,15 @@ def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
     if len(rows) != len(names):
         raise UserError(f"{cfg.embedding_names}: {len(names) - len(rows)} names occur twice")
     array = array[:, None] if array.ndim == 2 else array
-    found, problems = {}, sources.Problems()
+    found, taken, problems = {}, {}, sources.Problems()
     for split, records in splits.items():
         names = [r["file_name"] for r in records]
         found[split] = [rows.get(name, rows.get(name.rpartition("/")[2])) for name in names]
         for name, row in zip(names, found[split], strict=True):
             if row is None:
                 problems.add(f"images without a row in {cfg.embedding_names}", split, name)
+            elif (other := taken.setdefault(row, name)) is not name:
+                problems.add("two images of one row", split, f"{other} and {name}")
     problems.stop(cfg.embeddings)
     state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
     for split, of in found.items():
@@ -223,6 +225,7 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
              for split, b in jobs)  # fmt: skip
     synced, lines = time.monotonic(), []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(state))  # what has no room on the disk
         log = stack.enter_context(open(state / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8"))
         log.write("\n")  # ends a torn line
         outs = {s: stack.enter_context(open(state / f"{s}.npy", "rb+")) for s in splits}
@@ -243,7 +246,7 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
             bar.update(len(block))
             skipped += len(bad)
             if skipped > cfg.max_bad * total:  # no need to wait for the end
-                check_bad(splits, done, cfg)
+                check_bad(splits, done, cfg, f"at least (rank {ranks.rank}) ")
             if time.monotonic() - synced >= SYNC or (split, b) == jobs[-1]:
                 for out in outs.values():  # first the rows, then the word that they are there
                     out.flush()
@@ -257,7 +260,10 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
         return {}
     done = progress(state)
     assert len(done) == sum(-(-len(records) // size) for records in splits.values())
-    drop_bad(splits, check_bad(splits, done, cfg), state, cfg)
+    bad = check_bad(splits, done, cfg)
+    drop_bad(splits, bad, state, cfg)
+    if count := sum(map(len, bad.values())):
+        print(f"left out {count} of {total} images, listed in {cfg.data_dir}/skipped.csv")
     for split, records in splits.items():  # still aligned: the last row is what its file gives
         ((x, _),) = encoder.stream([[sources.locate(records[-1], split, cfg)]], workers=0)
         last = torch.tensor(np.load(rows_of(split, state), mmap_mode="r")[-1:])
@@ -267,7 +273,9 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
             "embedding_dim": encoder.embedding_dim}  # fmt: skip
 
 
-def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[str, dict[int, str]]:
+def check_bad(
+    splits: dict[str, list[dict]], done: dict, cfg: Config, so_far: str = ""
+) -> dict[str, dict[int, str]]:
     """The reason for each row of each split that has no readable image or, in a tar shard, no
     usable caption; written to skipped.csv too.
 
@@ -282,7 +290,8 @@ def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[st
     if not count:
         path.unlink(missing_ok=True)
         return bad
-    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+    own = path.with_name(f"skipped.{os.getpid()}.csv")  # two ranks may have too many at once
+    with naming(path), open(own, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("split", "id", "file_name", "reason"))
         for split, reasons in bad.items():
@@ -291,8 +300,9 @@ def check_bad(splits: dict[str, list[dict]], done: dict, cfg: Config) -> dict[st
                 cells = (split, record["id"], record["file_name"], reason)
                 # A spreadsheet would run a cell that opens like a formula.
                 writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
+    os.replace(own, path)
     if count > cfg.max_bad * total:
-        raise UserError(f"{count} of {total} images cannot be used, more than "
+        raise UserError(f"{so_far}{count} of {total} images cannot be used, more than "
                         f"max_bad={cfg.max_bad}: see {path}")  # fmt: skip
     return bad
 
@@ -343,6 +353,9 @@ def train_tokenizer(captions: list[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
+        if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            told = f"the captions have too many characters for it, at least {least[1]} is needed"
+            raise UserError(f"vocab_size={vocab_size}: {told}") from None
         if not most:
             raise UserError(f"vocab_size={vocab_size}: {str(error).strip()}") from None
         print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
@@ -353,24 +366,33 @@ def train_tokenizer(captions: list[str], vocab_size: int) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------
 
 
-def finish(splits: dict[str, list[dict]], cfg: Config, made: dict) -> None:
-    """Writes all but the embeddings, and puts these in place. Cut off, it can be done again."""
-    state = cfg.data_dir / "encoding"
+def tokenizer_of(splits: dict[str, list[dict]], cfg: Config) -> Tokenizer:
+    """The user's own, or one trained on the training captions."""
     if cfg.tokenizer:
-        tokenizer = Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
-    else:
-        captions = (c for r in splits["train"] for c in r["captions"])
-        captions = (c.lower() for c in captions) if cfg.lowercase else captions
-        tokenizer = train_tokenizer(list(captions), cfg.vocab_size)
-    (cfg.data_dir / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
-    with replacing(cfg.data_dir / "tokenizer.model") as part:
+        return Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
+    captions = [c for r in splits["train"] if "bad" not in r for c in r["captions"]]
+    return train_tokenizer([c.lower() for c in captions] if cfg.lowercase else captions,
+                           cfg.vocab_size)  # fmt: skip
+
+
+def finish(splits: dict[str, list[dict]], tokenizer: Tokenizer, cfg: Config, made: dict) -> None:
+    """Writes all that is missing beside the embeddings, then puts all in place, an earlier
+    dataset's files until then untouched. Cut off, it can be done again."""
+    state, ready = cfg.data_dir / "encoding", cfg.data_dir / "encoding" / "ready"
+    shutil.rmtree(ready, ignore_errors=True)
+    with replacing(ready / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
     counts = {
-        split: write_split(cfg.data_dir, split, records, tokenizer, cfg.lowercase)
+        split: write_split(ready, split, records, tokenizer, cfg.lowercase)
         for split, records in splits.items()
     }
+    (cfg.data_dir / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
     for split in splits:
         os.replace(rows_of(split, state), cfg.data_dir / f"{split}_embeddings.npy")
+    for path in ready.iterdir():
+        os.replace(path, cfg.data_dir / path.name)
+    if cfg.embeddings:
+        (cfg.data_dir / "skipped.csv").unlink(missing_ok=True)  # of an earlier dataset
     write_meta(cfg.data_dir, {
         "dataset": cfg.dataset, "source": cfg.source, "captions": cfg.captions,
         "images": cfg.images, **made, "normalize": cfg.normalize, "lowercase": cfg.lowercase,
@@ -383,23 +405,56 @@ def finish(splits: dict[str, list[dict]], cfg: Config, made: dict) -> None:
     print(f"wrote {cfg.data_dir}/")
 
 
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Raises UserError where another prepare.py is writing the same dataset."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    path = folder / "lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # let go of by a process that is killed
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another prepare.py is writing {folder}/") from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
 def main(cfg: Config) -> None:
     from train import Place
 
     place = Place(cfg.device, "float32")
     ranks = Ranks(place)
+    with contextlib.ExitStack() as stack:
+        tokenizer = None
 
-    def read() -> dict[str, list[dict]]:
-        download.fetch(cfg)
-        return sources.read(cfg)
+        def read() -> dict[str, list[dict]]:
+            nonlocal tokenizer
+            if not cfg.embeddings:
+                import encoder
 
-    splits = ranks.first(read)
-    if not cfg.embeddings:
-        made = encode(splits, cfg, place, ranks)
-    elif ranks.rank == 0:
-        made = own_embeddings(splits, cfg)
-    if ranks.rank == 0:
-        finish(splits, cfg, made)
+                encoder.extras()
+            download.fetch(cfg)
+            splits = sources.read(cfg)
+            stack.enter_context(alone(cfg.data_dir))
+            tokenizer = tokenizer_of(splits, cfg)  # before hours of encoding: it may refuse
+            return splits
+
+        splits = ranks.first(read)
+        if not cfg.embeddings:
+            made = encode(splits, cfg, place, ranks)
+        elif ranks.rank == 0:
+            made = own_embeddings(splits, cfg)
+        if ranks.rank == 0:
+            finish(splits, tokenizer, cfg, made)
     place.leave()
 
 

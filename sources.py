@@ -478,6 +478,9 @@ def read(cfg: Config) -> dict[str, list[dict]]:
     Raises UserError, the problems listed on stderr, where the source cannot be used as it is.
     """
     if cfg.source == "shapes":
+        if given := [k for k in ("captions", "images", "embeddings") if getattr(cfg, k)]:
+            raise UserError(f"source=shapes renders scenes of its own and takes no {given[0]}: "
+                            f"give --source as well, one of {' '.join(READERS)}")  # fmt: skip
         return scenes(cfg)
     problems = Problems()
     splits = gather(READERS[cfg.source](cfg, problems), cfg, problems)

@@ -1,6 +1,7 @@
 """From source files to a dataset directory: every format, bad input, kills, ranks, downloads."""
 
 import csv
+import errno
 import gzip
 import hashlib
 import http.server
@@ -11,6 +12,8 @@ import os
 import random
 import shutil
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -28,7 +31,7 @@ import download
 import encoder as encoder_module
 import prepare
 import sources
-from configurator import Config, UserError
+from configurator import Config, ConfigError, UserError
 from data import Split
 from encoder import Encoder, read_image
 
@@ -611,6 +614,14 @@ def test_own_embeddings_and_their_mistakes(here, capsys):
     with pytest.raises(UserError, match="e.npy: 1 problem"):
         prepare.main(Config(**told))
     assert "images without a row in names.txt: 1\n  val: g.png" in capsys.readouterr().err
+    Path("names.txt").write_text("\n".join(names[:5] + ["x", "y"]), encoding="utf-8")
+    Path("val.csv").write_text("image,caption\nsub/c.png,x\nother/c.png,y\n")
+    with pytest.raises(UserError, match="e.npy: 2 problem"):
+        prepare.main(Config(**told))
+    assert "two images of one row: 2\n  val: c.png and sub/c.png" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="embedding_names: expected a file with a name for each"):
+        Config(**told | {"embedding_names": ""})
+    as_csv(here)
     Path("names.txt").write_text("\n".join(names), encoding="utf-8")
     np.save("e.npy", array * 1e9)
     with pytest.raises(UserError, match="not finite in half precision, first for a b.png"):
@@ -643,7 +654,7 @@ def many(folder: Path, train: int, val: int = 4) -> dict:
     return {"dataset": "mine", "source": "csv", "captions": "{split}.csv", "images": "photos"}
 
 
-def test_bad_images_are_left_out_and_listed_and_the_rest_stays_aligned(here, clip):
+def test_bad_images_are_left_out_and_listed_and_the_rest_stays_aligned(here, clip, capsys):
     told = many(here, 30) | {"clip": clip, "encode_batch": 4, "workers": 0}
     bad = {"train0.png": b"", "train5.png": b"text", "train6.png": b"", "val3.png": b"GIF89a",
            "train29.png": b"\x89PNG\r\n"}  # fmt: skip
@@ -655,6 +666,7 @@ def test_bad_images_are_left_out_and_listed_and_the_rest_stays_aligned(here, cli
         prepare.main(Config(**told))
     assert not Path("data/mine/meta.json").exists()
     prepare.main(Config(**told, max_bad=0.3))
+    assert "left out 9 of 34 images, listed in data/mine/skipped.csv" in capsys.readouterr().out
     with open("data/mine/skipped.csv", newline="") as file:
         skipped = list(csv.DictReader(file))
     assert {row["file_name"] for row in skipped} == set(bad)
@@ -695,7 +707,7 @@ def test_captions_of_shards_that_cannot_be_used_are_left_out_and_listed(here, cl
                     add(tar, f"{i:04d}.txt", text if isinstance(text, bytes) else text.encode())
     told = dict(dataset="mine", source="shards", captions="shards/{split}.tar", clip=clip,
                 encode_batch=2, workers=0)  # fmt: skip
-    with pytest.raises(UserError, match="4 of 7 images cannot be used"):
+    with pytest.raises(UserError, match=r"at least \(rank 0\) 4 of 7 images cannot be used"):
         prepare.main(Config(**told))
     prepare.main(Config(**told, max_bad=0.8))
     with open("data/mine/skipped.csv", newline="") as file:
@@ -890,6 +902,53 @@ def test_cut_off_at_the_very_end_nothing_is_encoded_again(half_done, here, monke
     x = Encoder(told["clip"])([read_image(here / "photos" / "train19.png")])
     y = torch.tensor(Split("data/mine", "train").embeddings[-1:])
     torch.testing.assert_close(x.float(), y.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_full_disk_leaves_the_earlier_dataset_whole(here, clip, monkeypatch):
+    """meta.json was deleted first, and only then it turned out that there was no room."""
+    told = many(here, 8) | {"clip": clip, "workers": 0}
+    prepare.main(Config(**told))
+    before = made()
+    (here / "train.csv").write_text((here / "train.csv").read_text().replace("photo", "picture"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.np.save", full)
+        with pytest.raises(OSError, match="No space left on device: '.*train_tokens.npy'"):
+            prepare.main(Config(**told))
+    assert made() == before
+    prepare.main(Config(**told))
+    assert "picture" in Path("data/mine/train.json").read_text()
+
+
+def test_a_vocabulary_too_small_is_told_before_anything_is_encoded(here, clip, monkeypatch):
+    told = many(here, 8) | {"clip": clip, "workers": 0}
+    monkeypatch.setattr(prepare, "encode", None)
+    with pytest.raises(UserError, match="vocab_size=9: .* at least [0-9]+ is needed"):
+        prepare.main(Config(**told, vocab_size=9))
+
+
+def test_a_second_prepare_of_the_same_dataset_is_refused(here, clip):
+    told = many(here, 8) | {"clip": clip, "workers": 0}
+    with prepare.alone(Path("data/mine")):
+        args = [f"--{k}={v}" for k, v in told.items()]
+        run = subprocess.run(
+            [sys.executable, prepare.__file__, *args], capture_output=True, text=True
+        )
+    assert run.returncode == 1 and run.stderr == "another prepare.py is writing data/mine/\n"
+    prepare.main(Config(**told))
+    assert not Path("data/mine/lock").exists()
+
+
+def test_scenes_of_its_own_and_the_users_files_are_not_confused(here):
+    """--source was forgotten, and scenes took the place of the user's dataset."""
+    with pytest.raises(
+        UserError, match="source=shapes renders .* takes no captions: give --source"
+    ):
+        prepare.main(Config(dataset="mine", captions="x.csv", shapes_train=9, shapes_eval=9))
+    assert not Path("data").exists()
 
 
 # ---------------------------------------------------------------------------------------------
