@@ -10,23 +10,27 @@ config, a file is checked by its size and, in unpacking, by the zip's own CRC-32
 noted in PATH's folder as <zip>.json, and a later download of it must be the same.
 """
 
+import contextlib
 import errno
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
+import struct
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import Config, UserError
-from data import read_json, write_text
+from data import naming, read_json, write_text
 from sources import SPLITS
 
 TRIES = 8  # in a row without a byte
@@ -56,15 +60,27 @@ def fetch(cfg: Config) -> None:
     if not cfg.yes:
         if not sys.stdin.isatty():
             raise UserError(f"{missing[0][1]} is missing: add --yes to download it")
-        if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
+        answer = ""
+        with contextlib.suppress(EOFError):
+            answer = input("download? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
             raise UserError("nothing was downloaded")
-    for url, path, checksum in missing:
-        archive = path.parent / url.partition("?")[0].rpartition("/")[2]
-        if not archive.exists():  # one zip may hold what several entries need
+    archives = [path.parent / archive_name(url) for url, path, _ in missing]
+    for i, ((url, path, checksum), archive) in enumerate(zip(missing, archives, strict=True)):
+        if not archive.is_file():  # one zip may hold what several entries need
             download(url, archive, checksum)
+        elif checksum:
+            check(url, archive, archive.with_name(archive.name + ".json"), {}, checksum)
         unpack(archive, path)
-    for url, path, _ in missing:
-        (path.parent / url.partition("?")[0].rpartition("/")[2]).unlink(missing_ok=True)
+        if archive not in archives[i + 1 :]:
+            archive.unlink()
+
+
+def archive_name(url: str) -> str:
+    """What a URL's archive is called: its last part, made distinct where it has a query."""
+    plain, query, _ = url.partition("?")
+    name = plain.rstrip("/").rpartition("/")[2]
+    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}" if query else name
 
 
 def size_of(url: str) -> int:
@@ -107,7 +123,9 @@ def download(url: str, path: Path, checksum: str = "") -> None:
         failures = 0 if came else failures + 1
         if failures == TRIES:
             raise UserError(f"{url}: {problem}: tried {TRIES} times; the same command goes on")
-        time.sleep(WAIT * 2 ** max(0, failures - 1))
+        wait = WAIT * 2 ** max(0, failures - 1)
+        print(f"{url}: {problem}: trying again in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
     check(url, part, note, known, checksum)
     os.replace(part, path)
 
@@ -119,16 +137,21 @@ def request(url: str, part: Path, note: Path, known: dict, have: int) -> int:
     if have and known.get("validator"):  # the rest, if the file is still the same; else all
         headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-        rest = reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if reply.status == 206 and rest else 0
-        length = reply.headers.get("Content-Length")
-        known["size"] = size = -1 if length is None else have + int(length)
+        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+        if reply.status == 206:
+            if not told or int(told[1]) != have:
+                part.unlink()  # from the beginning
+                raise http.client.HTTPException("another part came than was asked for")
+            size = int(told[2])
+        else:
+            have, size = 0, int(reply.headers.get("Content-Length", -1))
+        known["size"] = size
         tag = reply.headers.get("ETag", "")
         known["validator"] = tag if tag.startswith('"') else reply.headers.get("Last-Modified", "")
         write_text(note, json.dumps(known))
         bar = tqdm(total=max(size, 0) or None, initial=have, unit="B", unit_scale=True,
                    desc=part.stem)  # fmt: skip
-        with bar, open(part, "ab" if have else "wb") as file:
+        with bar, naming(part), open(part, "ab" if have else "wb") as file:
             while block := reply.read(1 << 18):
                 file.write(block)
                 bar.update(len(block))
@@ -144,15 +167,17 @@ def check(url: str, part: Path, note: Path, known: dict, checksum: str) -> None:
     expected = checksum or known.get("sha256", found["sha256"])
     if expected.lower() not in found.values():
         part.unlink()
-        hint = "" if checksum else f"; delete {note} to accept the new file"
-        raise UserError(f"{url}: its checksum is not {expected}{hint}")
+        hint = "the same command fetches it again"
+        hint = hint if checksum else f"delete {note} to accept the new file"
+        raise UserError(f"{url}: its checksum is not {expected}: deleted; {hint}")
     size = part.stat().st_size
     write_text(note, json.dumps({"url": url, "bytes": size, "sha256": found["sha256"]}))
 
 
 def unpack(archive: Path, path: Path) -> None:
     """Takes the file or folder called `path.name` from the top of a zip to `path`, whole or not
-    at all. Raises UserError where it is not there, points outside, or the disk has no room."""
+    at all. Raises UserError where it is not there, points outside, or the disk has no room. A
+    broken zip is deleted, with its note, so that the next run fetches it anew."""
     temporary = path.with_name(path.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -168,7 +193,17 @@ def unpack(archive: Path, path: Path) -> None:
                 raise UserError(f"{archive}: holds {size} bytes, the disk has room for {room}")
             for member in tqdm(members, desc=f"unpacking {path.name}", unit="file"):
                 content.extract(member, temporary)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: not a zip that can be unpacked: {error}") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        struct.error,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        archive.unlink()
+        archive.with_name(archive.name + ".json").unlink(missing_ok=True)
+        told = f"not a zip that can be unpacked: {error}"
+        raise UserError(f"{archive}: {told}; deleted, the same command fetches it again") from None
     os.replace(temporary / path.name, path)
     shutil.rmtree(temporary)
