@@ -30,6 +30,7 @@ import checkpoint
 from configurator import UserError, configure, one_of, run, within
 from data import Order, Split
 from decode import Decoding, generate
+from encoder import extras
 from model import ClipLM, ModelConfig
 from train import Place, keep_freed_memory, loss_sum
 
@@ -86,13 +87,9 @@ def speeds(seconds: dict, work: int) -> list[dict]:
 
 def as_gpt2(model: ClipLM):
     """A GPT2LMHeadModel with the model's decoder; its biases are zero where we have none."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError(
-            "transformers is not installed: `pip install -r requirements-clip.txt`"
-        ) from None
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     cfg, p = model.cfg, model.cfg.dropout
     gpt2 = GPT2LMHeadModel(
@@ -529,7 +526,9 @@ def main(argv: list[str]) -> dict:
             raise SystemExit(0)
         raise UserError("bench.py: say what to measure, `train` or `decode`, before any --flag")
     settings, mode = MODES[argv[0]]
-    result = mode(configure(settings, argv[1:], __doc__, files=False))
+    cfg = configure(settings, argv[1:], __doc__, files=False)
+    extras()
+    result = mode(cfg)
     print(json.dumps({"bench": argv[0], **result}))
     return result
 

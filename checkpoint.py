@@ -47,6 +47,8 @@ def load(path: Path | str) -> dict:
     foreign file from running code. Raises UserError for a file that is not whole, or not ours.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a checkpoint in it, such as {path}/ckpt.pt")
     if not path.is_file():
         raise UserError(
             f"{path} not found: train.py writes it, run `python train.py config/<name>.py`"

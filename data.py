@@ -320,9 +320,13 @@ class Order:
     that fills no batch is left out of that epoch (another one the next time).
     """
 
-    def __init__(self, seed: int, lengths: np.ndarray, batch_size: int):
+    def __init__(self, seed: int, lengths: np.ndarray, batch_size: int, parts: int = 1):
         if batch_size > len(lengths):
             raise UserError(f"batch_size={batch_size} exceeds the {len(lengths)} training images")
+        if batch_size < parts:
+            raise UserError(
+                f"batch_size={batch_size} is less than {parts}, the processes x micro-steps"
+            )
         self.seed, self.lengths, self.batch_size = seed, lengths, batch_size
         self.per_epoch = len(lengths) // batch_size
         self._epoch, self._batches = -1, np.empty(0)
@@ -353,10 +357,6 @@ def batches(
     asking. Batches are made ahead of the step by a thread.
     """
     parts = world * micro
-    if order.batch_size < parts:
-        raise UserError(
-            f"batch_size={order.batch_size} is less than {world} processes x {micro} micro-steps"
-        )
 
     def make(step: int):
         rows = order.batch(step)

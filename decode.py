@@ -61,6 +61,8 @@ class Decoding:
         filters = self.temperature, self.top_k, self.top_p
         idle = self.method != "sample" and filters != (1, 0, 1)
         need(not idle, f"temperature, top_k and top_p do nothing to {self.method}: method=sample")
+        idle = self.method != "beam" and (self.beams, self.length_penalty) != (5, 0)
+        need(not idle, f"beams and length_penalty do nothing to {self.method}: method=beam")
 
 
 class Caption(NamedTuple):
@@ -268,6 +270,8 @@ def generate(
     """
     ids = tokenizer.encode(prompt) if prompt else []
     room = model.cfg.block_size - model.cfg.prefix_length
+    if tokenizer.unk in ids:
+        raise UserError(f"decoding: the prompt `{prompt}` has characters that no caption had")
     if cfg.max_len > room:
         raise UserError(
             f"decoding: max_len={cfg.max_len} exceeds the {room} tokens that block_size leaves"

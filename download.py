@@ -205,5 +205,7 @@ def unpack(archive: Path, path: Path) -> None:
         archive.with_name(archive.name + ".json").unlink(missing_ok=True)
         told = f"not a zip that can be unpacked: {error}"
         raise UserError(f"{archive}: {told}; deleted, the same command fetches it again") from None
-    os.replace(temporary / path.name, path)
-    shutil.rmtree(temporary)
+    else:
+        os.replace(temporary / path.name, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

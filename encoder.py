@@ -207,6 +207,8 @@ class Encoder:
     """
 
     def __init__(self, name: str, features: str = "pooled", grid: int = 0, device: str = "cpu"):
+        if not name:
+            raise UserError("clip: expected a model's name or folder, got nothing")
         extras()
         import transformers
         from safetensors import SafetensorError

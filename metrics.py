@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import sacrebleu
 
-VERSION = "1.0"  # of the figures: raised whenever a change here can move one
+VERSION = "1.1"  # of the figures: raised whenever a change here can move one
 NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR")
 
 # -----------------------------------------------------------------------------
@@ -35,7 +35,13 @@ NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR")
 # the rules matters. Whatever none matches is dropped: quotes, commas, lone . ? ! : ; - and
 # characters that Java does not know. Bounds such as {1,60} keep the time linear.
 _L = r"[^\W\d_]"  # a letter of any script
-_RUN = r"[^\W_][\w\u0300-\u036f]*"  # letters, digits, and accents that are separate characters
+_MARKS = (  # accents and vowel signs that are characters of their own; as far as Java knows them
+    r"\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1-\u05c2\u05c4-\u05c5\u05c7\u0615-\u061a"
+    r"\u064b-\u065e\u0670\u06d6-\u06dd\u06df-\u06e8\u06ea-\u06ed\u070f-\u07f3\u0900-\u0903"
+    r"\u093c-\u094e\u0951-\u0955\u0962-\u0963\u0981-\u09e3\u0a01-\u0a4d\u0a81-\u0acd\u0b82-\u0bcd"
+    r"\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ecd\u1885-\u1886"
+)
+_RUN = rf"[^\W_][\w{_MARKS}]*"  # letters, digits, marks
 _ABBREVIATION, _CAPITALISED, _BEFORE_NUMBER = (  # they keep their period: always, or only if …
     words.replace(" ", "|")
     for words in (
@@ -69,7 +75,9 @@ _RULES = [
     r"(?-i:[A-Z]+(?:(?:&(?:amp;)?[A-Z]+)+|\$))",  # AT&T US$
     rf"(?:[dol]')?{_RUN}(?:-(?:[dol]')?{_RUN})*(?:\.(?=[,;:]))?",  # a word; t-shirt; o'clock
     r"[;:=][-o*']?(?-i:[()DPpdO\\{@|\[\]])(?!\w)",  # smileys
-    r"[!?]{2,}|-{5,}|\*+|_+|[]$#%&+=/\\<>@^|~(){}[¡-©¬®-º¼-¿×÷€\u2190-\u2bff]",
+    r"[!?]{2,}|-{5,}|\*+|_+|[]$#%&+=/\\<>@^|~(){}[¡-©¬®-º¼-¿×÷€\u2190-\u2bff"
+    r"\u055a-\u055f\u0589\u05be\u05c0\u05c3\u05f3\u05f4،؛؞؟٪٭۔।॥฿‚„-‣‰-‸※‾-⁂⁄\u2100-\u214f、。〒・"
+    r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65￠￡￥￦]",  # kept: of other scripts
 ]
 _TOKEN = re.compile("|".join(_RULES), re.IGNORECASE)
 _CHUNK = re.compile(rf"(?:\b(?:{_BEFORE_NUMBER})\.\s+(?=\d))?\S+", re.IGNORECASE)
@@ -306,8 +314,12 @@ def java_meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     """METEOR 1.5 of token strings (Denkowski and Lavie 2014): the jar's aggregate, each image's."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    groups = {i: list(group) for i, group in enumerate(references)}
-    return Meteor().compute_score(groups, {i: [h] for i, h in enumerate(hypotheses)})
+    groups, meteor = {i: list(group) for i, group in enumerate(references)}, Meteor()
+    try:
+        return meteor.compute_score(groups, {i: [h] for i, h in enumerate(hypotheses)})
+    finally:
+        if meteor.lock.locked():  # after Ctrl-C; its __del__ would wait for the lock for ever
+            meteor.lock.release()
 
 
 # -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +64,7 @@ class SampleConfig:
     # -- where to -------------------------------------------------------------------------
     out_json: str = ""  # empty: predictions.json in a folder of the split beside the checkpoint
     out_csv: str = ""  # empty: the same with .csv
-    gallery: bool = False  # write gallery.html beside out_json too
+    gallery: bool = False  # write gallery.html beside out_json too, or here if that is not given
     attention: bool = False  # keep, for the gallery, which prefix each token attends to
     # -- run ------------------------------------------------------------------------------
     batch_size: int = 64  # images decoded at a time
@@ -81,6 +82,12 @@ class SampleConfig:
         one_of(self, "track", "none mlflow")
         if bool(self.split) == bool(self.image):
             raise ConfigError("give either --split=<name> or --image <files and folders>")
+        idle = {"java": not self.split, "track": not self.gallery and self.track != "none",
+                "attention": not (self.split or self.gallery or self.out_json)}  # fmt: skip
+        needs = {"java": "--split", "track": "--gallery", "attention": "--gallery or --out_json"}
+        for name, does_nothing in idle.items():
+            if getattr(self, name) and does_nothing:
+                raise ConfigError(f"{name}: does nothing without {needs[name]}")
 
     def decoding(self, room: int) -> Decoding:
         own = {f.name: getattr(self, f.name) for f in fields(Decoding)}
@@ -93,8 +100,8 @@ class SampleConfig:
 
 def split_items(cfg: SampleConfig, meta: dict) -> tuple[list[dict], Split]:
     split = Split(Path(cfg.data or f"data/{meta['dataset']}"), cfg.split)
-    ours = {k: meta[k] for k in ("encoder", "features", "grid", "n_positions", "embedding_dim")}
-    theirs = {k: split.meta[k] for k in ours}
+    keys = ("encoder", "features", "grid", "n_positions", "embedding_dim")
+    ours, theirs = ({k: m[k] or f"no {k}" for k in keys} for m in (meta, split.meta))
     if ours != theirs:
         differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k]]
         raise UserError(f"{split.folder} does not fit {cfg.ckpt}: it has {'; '.join(differ)}")
@@ -214,7 +221,7 @@ def as_csv(predictions: list[dict]) -> str:
         writer.writerow(
             [p["image_id"], p["file_name"], p["caption"], " | ".join(p["references"]), *cells]
         )
-    return text.getvalue()
+    return text.getvalue().encode("utf-8", "backslashreplace").decode()  # of names in other bytes
 
 
 @torch.inference_mode()
@@ -246,6 +253,8 @@ def main(cfg: SampleConfig) -> dict:
     """Captions what `cfg` names. Returns the scores, empty for images without references."""
     if cfg.java and (missing := metrics.java_missing()):
         raise UserError(missing)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("sample.py runs as one process, not under torchrun")
     content = checkpoint.load(cfg.ckpt)
     model, tokenizer = checkpoint.build(content, cfg.ckpt)
     place, meta = Place(cfg.device, cfg.dtype), content["meta"]
@@ -273,6 +282,9 @@ def main(cfg: SampleConfig) -> dict:
         )  # fmt: skip
         if done := partial.done:
             print(f"going on after {len(done)} images that {partial.path} holds")
+    for path in filter(None, (out, cfg.out_csv)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file")
     first, begin = len(done), time.perf_counter()
     batches = [range(i, min(i + cfg.batch_size, len(items)))
                for i in range(first, len(items), cfg.batch_size)]  # fmt: skip
@@ -295,7 +307,7 @@ def main(cfg: SampleConfig) -> dict:
             new[i] = as_prediction(items[i], captions, tokenizer, seen, side)
             if cfg.image:
                 for n in new[i].get("n_best", [new[i]]):
-                    print(f"{items[i]['path']}: {n['caption']}")
+                    print(UserError(f"{items[i]['path']}: {n['caption']}"))  # escapes odd names
         (partial.add if partial else done.extend)([new[i] for i in batch])
         bar.update(len(batch))
     bar.close()
@@ -308,7 +320,7 @@ def main(cfg: SampleConfig) -> dict:
     if cfg.split:
         scores = score(predictions, cfg.java)
     for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
+        print(UserError(f"skipped {line}"), file=sys.stderr)
     if out:
         write_text(out, json.dumps(predictions))
         table = Path(cfg.out_csv or out.with_suffix(".csv"))
@@ -318,7 +330,7 @@ def main(cfg: SampleConfig) -> dict:
     elif cfg.out_csv:
         write_text(cfg.out_csv, as_csv(predictions))
         print(f"wrote {cfg.out_csv}")
-    if cfg.gallery:
+    if cfg.gallery and predictions:
         page = (out or Path("predictions.json")).with_name("gallery.html")
         missing = gallery.write(predictions, page, title=f"{meta['dataset']} {cfg.split}".strip())
         print(f"wrote {page}" + (f", {len(missing)} images not found" if missing else ""))

@@ -134,6 +134,16 @@ class Place:
         return 2 * n**3 / min(took)
 
 
+def compiles(cfg: Config, place: Place) -> bool:
+    """Whether to use torch.compile: as the config says, else on CUDA, if a compiler is there."""
+    names = ("CC", "gcc", "clang", "cc") if place.kind == "cuda" else ("CXX", "g++", "clang++")
+    names = [os.environ[names[0]]] if names[0] in os.environ else names[1:]
+    there = any(map(shutil.which, names))
+    if cfg.compile and not there:
+        raise UserError(f"compile=True: no compiler here ({' '.join(names)}): --compile=False")
+    return there and place.kind == "cuda" if cfg.compile is None else cfg.compile
+
+
 # ---------------------------------------------------------------------------------------------
 # Loss, learning rate, average
 
@@ -377,6 +387,12 @@ def check_resumable(
     """What differs from the run that wrote it. Raises UserError where it does not fit at all."""
     if "optimizer" not in state:
         raise UserError(f"{path} cannot be resumed from: it holds no optimizer; last.pt does")
+    sums = [{k: v["sha256"] for k, v in m["files"].items()} for m in (state["meta"], meta)]
+    if sums[0] != sums[1]:
+        files = [k for k in sums[1] if sums[0].get(k) != sums[1][k]]
+        raise UserError(
+            f"{path} was trained on another dataset: {', '.join(files) or 'files'} differ"
+        )
     differ = [
         f"{k} was {v}, is {size[k]}"
         for k, v in state["model_config"].items()
@@ -384,12 +400,6 @@ def check_resumable(
     ]
     if differ:
         raise UserError(f"{path} is of another architecture: {'; '.join(differ)}")
-    sums = [{k: v["sha256"] for k, v in m["files"].items()} for m in (state["meta"], meta)]
-    if sums[0] != sums[1]:
-        files = [k for k in sums[1] if sums[0].get(k) != sums[1][k]]
-        raise UserError(
-            f"{path} was trained on another dataset: {', '.join(files) or 'files'} differ"
-        )
     now, random = asdict(cfg), state["random"]
     notes = [f"{k} was {v}, is {now[k]}" for k, v in state["config"].items()
              if k != "resume" and now.get(k) != v]  # fmt: skip
@@ -430,7 +440,8 @@ def loop(cfg: Config, place: Place) -> dict | None:
     signals = Signals(echo=5.0 if place.world > 1 else 0.0)
     train, val = Split(cfg.data_dir, "train"), Split(cfg.data_dir, "val")
     meta, size = train.meta, model_config(cfg, train.meta, len(train.tokenizer))
-    order = Order(cfg.seed, train.lengths, cfg.batch_size)
+    micro = cfg.gradient_accumulation_steps
+    order = Order(cfg.seed, train.lengths, cfg.batch_size, place.world * micro)
     best, last = cfg.run_dir / "ckpt.pt", cfg.run_dir / "last.pt"
 
     torch.manual_seed(cfg.seed)
@@ -464,7 +475,7 @@ def loop(cfg: Config, place: Place) -> dict | None:
         set_aside(cfg.run_dir)
 
     wrapped = model
-    if cfg.compile if cfg.compile is not None else place.kind == "cuda":
+    if compiles(cfg, place):
         wrapped = torch.compile(wrapped, dynamic=True)
     if place.world > 1:
         wrapped = DistributedDataParallel(wrapped)
@@ -476,8 +487,13 @@ def loop(cfg: Config, place: Place) -> dict | None:
     )
     if cfg.resume:
         log.say(f"resumed from {last} at step {step}" if step else f"no {last} yet: from the start")
-        for line in notes:
-            log.say(f"    note: {line}")
+    if step > cfg.max_iters:
+        notes.append(f"max_iters is {cfg.max_iters}: there is nothing left to do")
+    for name in ("features", "grid", "normalize", "lowercase"):
+        if (asked := getattr(cfg, name)) != meta[name]:
+            notes.append(f"{name} stays {meta[name]}, as {cfg.data_dir} has it, not {asked}")
+    for line in notes:
+        log.say(f"    note: {line}")
 
     def save() -> None:
         """last.pt, and ckpt.pt if this step's scores are the best: by CIDEr, then by loss."""
@@ -498,12 +514,11 @@ def loop(cfg: Config, place: Place) -> dict | None:
                 "highest": highest,
             })  # fmt: skip
 
-    stream = batches(train, order, step, cfg.max_iters, place.rank, place.world,
-                     cfg.gradient_accumulation_steps)  # fmt: skip
+    stream = batches(train, order, step, cfg.max_iters, place.rank, place.world, micro)
     while True:
         # -- evaluate and save; a signal cuts an evaluation off, and the next run begins with it
         found, stopping = None, place.total(signals.asked)[0] > 0
-        if step > scored and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
+        if step > scored and (step % cfg.eval_interval == 0 or step >= cfg.max_iters):
             with average.applied():
                 found = None if stopping else evaluate(signals)
             stopping = not found
@@ -513,7 +528,7 @@ def loop(cfg: Config, place: Place) -> dict | None:
         if found or stopping:
             save()
             log.begin()
-        if scored == cfg.max_iters:
+        if scored == step >= cfg.max_iters:
             break
         if stopping:
             log.track.close("KILLED")

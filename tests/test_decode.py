@@ -203,7 +203,8 @@ def test_work_follows_the_captions_still_written(method):
 
     model.step = counted
     n = 1 if method == "greedy" else 3
-    cfg = Decoding(method=method, n_best=n, beams=3, max_len=20, seed=1)
+    beams = 3 if method == "beam" else 5
+    cfg = Decoding(method=method, n_best=n, beams=beams, max_len=20, seed=1)
     found = generate(model, images(16), IDS, cfg)
     if method != "beam":
         on = [[sum(len(c.ids) >= t for c in each) for each in found] for t in range(1, cfg.max_len)]

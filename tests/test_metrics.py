@@ -6,6 +6,7 @@ toolkit, or Java are skipped where those are absent.
 """
 
 import csv
+import gc
 import gzip
 import json
 import time
@@ -111,6 +112,51 @@ def test_tokens_of_flickr8k_equal_javas():
 )
 def test_tokens_by_example(caption, tokens):
     assert metrics.tokenize(caption) == tokens.split()
+
+
+SCRIPTS = {  # captions, as Java leaves them
+    "hindi": ("लाल कुत्ता दौड़ता है।", "लाल कुत्ता दौड़ता है ।"),
+    "bengali": ("একটি লাল কুকুর দৌড়াচ্ছে।", "একটি লাল কুকুর দৌড়াচ্ছে ।"),
+    "tamil": ("ஒரு சிவப்பு நாய் ஓடுகிறது", "ஒரு சிவப்பு நாய் ஓடுகிறது"),
+    "telugu": ("ఎర్ర కుక్క పరుగెత్తుతోంది", "ఎర్ర కుక్క పరుగెత్తుతోంది"),
+    "gujarati": ("લાલ કૂતરો દોડે છે", "લાલ કૂતરો દોડે છે"),
+    "thai": ("หมาสีแดงวิ่ง บนหญ้า", "หมาสีแดงวิ่ง บนหญ้า"),
+    "arabic": ("كَلْبٌ أَحْمَر يجري، هنا", "كَلْبٌ أَحْمَر يجري ، هنا"),
+    "hebrew": ("כֶּלֶב אָדֹם רָץ", "כֶּלֶב אָדֹם רָץ"),
+    "russian": ("Рыжая соба\u0301ка бежит.", "рыжая соба\u0301ка бежит"),
+    "vietnamese": ("Một con chó đang chạy", "một con chó đang chạy"),
+    "chinese": ("一只红狗在草地上奔跑。", "一只红狗在草地上奔跑 。"),
+    "fullwidth": ("犬（赤）が走る！", "犬 （ 赤 ） が走る ！"),
+    "japanese": ("赤い犬が、走っている。", "赤い犬が 、 走っている 。"),
+    "korean": ("빨간 개가 풀밭을 달린다.", "빨간 개가 풀밭을 달린다"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tokens_of_many_scripts(script):
+    """Signs that are characters of their own once cut Hindi and Thai words into letters."""
+    caption, tokens = SCRIPTS[script]
+    assert " ".join(metrics.tokenize(caption)) == tokens
+
+
+@needs_java
+def test_tokens_of_many_scripts_are_javas():
+    captions = [caption for caption, _ in SCRIPTS.values()]
+    assert metrics.java_tokenize(captions) == [tokens for _, tokens in SCRIPTS.values()]
+
+
+@needs_java
+def test_an_interrupted_meteor_does_not_hang(monkeypatch):
+    """pycocoevalcap's destructor waits for the lock that was held when Ctrl-C came."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Meteor, "_stat", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.java_meteor(["a dog"], [["a dog"]])
+    gc.collect()  # runs the destructor
 
 
 ODD = [

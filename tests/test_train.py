@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,32 +193,6 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
-
-
-def test_a_signal_cuts_an_evaluation_off_and_the_next_run_begins_with_it(here, monkeypatch):
-    """torchrun kills 30 s after a signal; evaluations that take longer lost the steps before."""
-    whole = train.main(Config(**SMALL | dict(out_dir="whole", ema=0.9, dropout=0.1)))
-    cfg, calls = Config(**SMALL | dict(out_dir="parts", ema=0.9, dropout=0.1)), []
-
-    def during(*args, real=train.generate):
-        calls.append(args)
-        if len(calls) == 2:  # the last evaluation, at step 12
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "generate", during)
-        with pytest.raises(SystemExit) as stopped:
-            train.main(cfg)
-    assert stopped.value.code == train.PREEMPTED and len(calls) == 2
-    assert torch.load("parts/last.pt", weights_only=True)["step"] == 12
-    assert not any("val_loss" in row for row in log_of("parts") if row["step"] == 12)
-    assert train.main(replace(cfg, resume=True)) == whole
-    for file in ("ckpt.pt", "last.pt"):
-        a, b = weights(f"whole/{file}"), weights(f"parts/{file}")
-        assert all(torch.equal(v, b[k]) for k, v in a.items())
-    shown = [[row for row in log_of(out) if "val_loss" in row] for out in ("whole", "parts")]
-    assert shown[0] == shown[1]
 
 
 def test_what_may_change_on_resume_is_noted_and_takes_effect(here, capfd):
