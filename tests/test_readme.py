@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_encoder import tiny_clip
+from test_prepare import many
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,18 +32,22 @@ def test_the_commands_run_as_written(tmp_path):
     for path in (*ROOT.glob("*.py"), ROOT / "config", ROOT / "assets"):
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, tmp_path / path.name)
-    assert len(commands()) >= 5
+    many(tmp_path, 20)  # the user's own data, and a CLIP that lies in a folder
+    tiny_clip(tmp_path / "clip")
+    assert len(commands()) >= 8
     outputs = {}
     for python, script, *rest in commands():
         assert python == "python"
         command = [sys.executable, script, *rest, *SMALL.get(script, [])]
+        command += ["--clip=./clip"] if any(x.startswith("--clip=") for x in rest) else []
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (command, done.stderr[-2000:])
-        outputs[script, *rest[:1]] = done.stdout
+        outputs[script, *rest] = done.stdout
     scores = json.loads((tmp_path / "out/shapes/test/predictions.json").read_text())
     assert len(scores) == 16
     assert any("00000.png: " in text for text in outputs.values())
     assert (tmp_path / "out/shapes/curves.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "out/mine/val/predictions.json").read_text())) == 4
 
 
 def test_every_script_and_setting_it_names_exists():
