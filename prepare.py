@@ -135,8 +135,9 @@ def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
         for name, row in zip(names, found[split], strict=True):
             if row is None:
                 problems.add(f"images without a row in {cfg.embedding_names}", split, name)
-            elif (other := taken.setdefault(row, name)) is not name:
-                problems.add("two images of one row", split, f"{other} and {name}")
+            elif row in taken:
+                problems.add("two images of one row", split, f"{taken[row]} and {name}")
+            taken[row] = name
     problems.stop(cfg.embeddings)
     state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
     for split, of in found.items():
@@ -417,9 +418,7 @@ def alone(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # let go of by a process that is killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it after a kill
         except (BlockingIOError, PermissionError):
             raise UserError(f"another prepare.py is writing {folder}/") from None
         try:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure, run
+from configurator import UserError, configure, run
 from data import write_text
 
 # ---------------------------------------------------------------------------------------------
@@ -623,6 +623,8 @@ def probe(cfg: ShapesConfig) -> dict[str, dict[str, float]]:
 
 
 def main(cfg: ShapesConfig) -> None:
+    if not (cfg.train_clip or cfg.probe):
+        raise UserError("say what to do: --train_clip or --probe; --help tells more")
     if cfg.train_clip:
         train_clip(cfg)
     if cfg.probe:
