@@ -178,19 +178,23 @@ def seen(tmp_path_factory):
     return here
 
 
-def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch):
+def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch, capsys):
     """The encoder that the checkpoint names, from files, gives what the dataset's rows give."""
     monkeypatch.chdir(seen)
-    run("--split=val", "--method=beam", "--out_json=split.json")
-    files = [f"photos/{i}.png" for i in range(40, 48)]
-    out = run("--image", *files, "--method=beam", "--batch_size=3", "--out_json=image.json")
+    files = tuple(f"photos/{i}.png" for i in range(40, 48))
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", image=files, method="beam", batch_size=3)
+    sample.main(replace(cfg, image=(), split="val", out_json="split.json"))
+    sample.main(replace(cfg, out_json="image.json"))
+    out = capsys.readouterr().out
     ours, theirs = (json.loads(Path(f"{n}.json").read_text()) for n in ("image", "split"))
     for p, q in zip(ours, theirs, strict=True):
         assert p["caption"] == q["caption"] and p["path"] == q["path"]
         assert f"{p['path']}: {p['caption']}\n" in out
     shutil.move("clip", "moved")
-    assert "clip=./clip: no such folder" in one_line(ask("--image", files[0]))
-    assert run("--image", *files, "--method=beam", "--clip=moved").count(".png: ") == 8
+    with pytest.raises(UserError, match="clip=./clip: no such folder; --clip=FOLDER tells where"):
+        sample.main(cfg)
+    sample.main(replace(cfg, clip="moved"))
+    assert capsys.readouterr().out.count(".png: ") == 8
     shutil.move("moved", "clip")
 
 
@@ -226,6 +230,7 @@ def test_another_encoder_is_refused_with_both_named(seen, tmp_path, kind, monkey
     monkeypatch.chdir(seen)
     tiny_clip(tmp_path, kind, projection=20)
     width = {"siglip": "32", "clip": "20"}[kind]
-    error = one_line(ask("--image", "photos", f"--clip={tmp_path}"))
-    assert f"{tmp_path} gives pooled embeddings of 1 x {width} ({kind})" in error
-    assert "out/tiny/ckpt.pt needs 1 x 24 (clip) as of ./clip" in error
+    with pytest.raises(UserError) as error:
+        sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", image=("photos",), clip=str(tmp_path)))
+    assert f"{tmp_path} gives pooled embeddings of 1 x {width} ({kind})" in str(error.value)
+    assert "out/tiny/ckpt.pt needs 1 x 24 (clip) as of ./clip" in str(error.value)
