@@ -271,6 +271,9 @@ def main(cfg: SampleConfig) -> dict:
         items, encoder = image_items(cfg), open_encoder(cfg, meta, place.kind)
         out = Path(cfg.out_json) if cfg.out_json else None
 
+    for path in filter(None, (out, cfg.out_csv)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file")
     partial, done = None, []
     if out:
         weights = hashlib.sha256(Path(cfg.ckpt).read_bytes()).hexdigest()
@@ -282,9 +285,6 @@ def main(cfg: SampleConfig) -> dict:
         )  # fmt: skip
         if done := partial.done:
             print(f"going on after {len(done)} images that {partial.path} holds")
-    for path in filter(None, (out, cfg.out_csv)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder: give the name of a file")
     first, begin = len(done), time.perf_counter()
     batches = [range(i, min(i + cfg.batch_size, len(items)))
                for i in range(first, len(items), cfg.batch_size)]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,32 @@ def test_attention_of_a_caption_that_fills_the_block(trained):
 )
 def test_mistakes_are_one_line(trained, args, says):
     assert says in one_line(ask(*args))
+
+
+NOTHING = "does nothing without"
+IDLE = [  # what would have been ignored, or found out after all work
+    (dict(length_penalty=1.0), "beams and length_penalty do nothing to greedy: method=beam"),
+    (dict(top_k=5), "temperature, top_k and top_p do nothing to greedy: method=sample"),
+    (dict(split="", image=("x",), java=True), f"java: {NOTHING} --split"),
+    (dict(split="", image=("x",), attention=True), f"attention: {NOTHING} --gallery or --out_json"),
+    (dict(track="mlflow"), f"track: {NOTHING} --gallery"),
+    (dict(prompt="a \u732b"), "the prompt `a \u732b` has characters that no caption had"),
+    (dict(ckpt="out/tiny"), "out/tiny is a folder: give a checkpoint in it"),
+    (dict(out_json="out"), "out is a folder: give the name of a file"),
+]
+
+
+@pytest.mark.parametrize("settings, says", IDLE)
+def test_nothing_is_ignored_or_found_out_too_late(trained, monkeypatch, settings, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        sample.main(SampleConfig(**dict(ckpt="out/tiny/ckpt.pt", split="val") | settings))
+
+
+def test_torchrun_is_refused(trained, monkeypatch):
+    """Two processes wrote the same file at once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process, not under torchrun"):
+        sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", split="val"))
 
 
 def test_java_that_is_not_there_is_told_before_work(trained, monkeypatch):
