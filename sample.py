@@ -262,10 +262,8 @@ def main(cfg: SampleConfig) -> dict:
     side = 0 if meta["features"] == "pooled" else math.isqrt(meta["n_positions"])
     decoding = cfg.decoding(model.cfg.block_size - model.cfg.prefix_length)
     prompt = cfg.prompt.lower() if meta["lowercase"] else cfg.prompt
-    files = None
     if cfg.split:
         items, split = split_items(cfg, meta)
-        files = split.meta["files"]
         out = Path(cfg.out_json or Path(cfg.ckpt).parent / cfg.split / "predictions.json")
     else:
         items, encoder = image_items(cfg), open_encoder(cfg, meta, place.kind)
@@ -281,7 +279,8 @@ def main(cfg: SampleConfig) -> dict:
             out.with_name(out.name + ".partial.jsonl"),
             {"ckpt": weights, "decoding": asdict(decoding), "prompt": prompt,
              "attention": cfg.attention, "items": [i["path"] or i["file_name"] for i in items],
-             "dtype": str(place.dtype), "clip": cfg.clip, "data": files},
+             "dtype": str(place.dtype), "clip": cfg.clip,
+             "data": split.meta["files"] if cfg.split else None},
         )  # fmt: skip
         if done := partial.done:
             print(f"going on after {len(done)} images that {partial.path} holds")

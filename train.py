@@ -477,6 +477,8 @@ def loop(cfg: Config, place: Place) -> dict | None:
     wrapped = model
     if compiles(cfg, place):
         wrapped = torch.compile(wrapped, dynamic=True)
+    elif place.kind == "cuda" and cfg.compile is None:
+        notes.append("there is no compiler here, so torch.compile is off")
     if place.world > 1:
         wrapped = DistributedDataParallel(wrapped)
     log = Log(cfg, place, model, step)
