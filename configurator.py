@@ -28,12 +28,16 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 
+def printable(text: str) -> str:
+    """One line, whatever it quotes: control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A user's mistake: one clear line, no traceback."""
 
-    def __str__(self):  # one line whatever it quotes: control characters are escaped
-        text = super().__str__()
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class ConfigError(UserError, ValueError):

@@ -35,6 +35,8 @@ from sources import SPLITS
 
 TRIES = 8  # in a row without a byte
 WAIT = 1.0  # seconds before the second try; doubled each time
+# What zipfile raises on broken zips, and on those that it cannot unpack.
+BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 
 
 def fetch(cfg: Config) -> None:
@@ -70,7 +72,7 @@ def fetch(cfg: Config) -> None:
         if not archive.is_file():  # one zip may hold what several entries need
             download(url, archive, checksum)
         elif checksum:
-            check(url, archive, archive.with_name(archive.name + ".json"), {}, checksum)
+            check(url, archive, note_of(archive), {}, checksum)
         unpack(archive, path)
         if archive not in archives[i + 1 :]:
             archive.unlink()
@@ -81,6 +83,11 @@ def archive_name(url: str) -> str:
     plain, query, _ = url.partition("?")
     name = plain.rstrip("/").rpartition("/")[2]
     return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}" if query else name
+
+
+def note_of(archive: Path) -> Path:
+    """Where an archive's size and SHA-256 are noted."""
+    return archive.with_name(f"{archive.name}.json")
 
 
 def size_of(url: str) -> int:
@@ -96,7 +103,7 @@ def size_of(url: str) -> int:
 
 def download(url: str, path: Path, checksum: str = "") -> None:
     """Downloads to `path`, by way of <path>.part, which a broken download leaves to go on from."""
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
+    part, note = path.with_name(path.name + ".part"), note_of(path)
     known = read_json(note) if note.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
@@ -193,16 +200,9 @@ def unpack(archive: Path, path: Path) -> None:
                 raise UserError(f"{archive}: holds {size} bytes, the disk has room for {room}")
             for member in tqdm(members, desc=f"unpacking {path.name}", unit="file"):
                 content.extract(member, temporary)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        struct.error,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except BROKEN as error:
         archive.unlink()
-        archive.with_name(archive.name + ".json").unlink(missing_ok=True)
+        note_of(archive).unlink(missing_ok=True)
         told = f"not a zip that can be unpacked: {error}"
         raise UserError(f"{archive}: {told}; deleted, the same command fetches it again") from None
     else:

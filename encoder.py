@@ -5,7 +5,7 @@
 
 `pooled` is one projected embedding an image, as CLIP compares it with text; `grid` is the class
 token (SigLIP has none) and every patch after the last layer norm, optionally averaged down to
-grid x grid patches. Embeddings are stored as they come: `model.ClipLM.prefix` normalises them.
+grid x grid patches. Embeddings are stored as they come: `model.ClipLM.project` normalises them.
 Needs the extras: pip install -r requirements-clip.txt
 """
 
@@ -81,9 +81,7 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
                 image = eight_bits(image)
             clear = image.info.get("transparency")
-            if (
-                isinstance(clear, tuple) and max(clear) > 255
-            ):  # Pillow takes RGB's 8 high bits alone
+            if isinstance(clear, tuple) and max(clear) > 255:  # of RGB, Pillow keeps 8 high bits
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
             if image.mode in ("I", "F"):
                 raise BadImage(f"32-bit pixels (mode {image.mode}), of no known range")

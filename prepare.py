@@ -137,7 +137,8 @@ def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
                 problems.add(f"images without a row in {cfg.embedding_names}", split, name)
             elif row in taken:
                 problems.add("two images of one row", split, f"{taken[row]} and {name}")
-            taken[row] = name
+            else:
+                taken[row] = name
     problems.stop(cfg.embeddings)
     state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
     for split, of in found.items():
@@ -219,9 +220,10 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
     done = progress(state)
     skipped, total = sum(map(len, done.values())), sum(map(len, splits.values()))
     skipped += sum("bad" in record for records in splits.values() for record in records)
-    jobs = [(split, b) for split, records in splits.items()
-            for b in range(ranks.rank, -(-len(records) // size), ranks.world)
-            if (split, b) not in done]  # fmt: skip
+    every = [(split, b) for split, records in splits.items()
+             for b in range(-(-len(records) // size))]  # fmt: skip
+    jobs = [(split, b) for split, b in every
+            if b % ranks.world == ranks.rank and (split, b) not in done]  # fmt: skip
     files = ([sources.locate(r, split, cfg) for r in splits[split][b * size : (b + 1) * size]]
              for split, b in jobs)  # fmt: skip
     synced, lines = time.monotonic(), []
@@ -247,7 +249,7 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
             bar.update(len(block))
             skipped += len(bad)
             if skipped > cfg.max_bad * total:  # no need to wait for the end
-                check_bad(splits, done, cfg, f"at least (rank {ranks.rank}) ")
+                check_bad(splits, done, cfg, ranks.rank)
             if time.monotonic() - synced >= SYNC or (split, b) == jobs[-1]:
                 for out in outs.values():  # first the rows, then the word that they are there
                     out.flush()
@@ -260,7 +262,7 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
     if ranks.rank:
         return {}
     done = progress(state)
-    assert len(done) == sum(-(-len(records) // size) for records in splits.values())
+    assert done.keys() == set(every)
     bad = check_bad(splits, done, cfg)
     drop_bad(splits, bad, state, cfg)
     if count := sum(map(len, bad.values())):
@@ -275,10 +277,10 @@ def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> d
 
 
 def check_bad(
-    splits: dict[str, list[dict]], done: dict, cfg: Config, so_far: str = ""
+    splits: dict[str, list[dict]], done: dict, cfg: Config, rank: int | None = None
 ) -> dict[str, dict[int, str]]:
     """The reason for each row of each split that has no readable image or, in a tar shard, no
-    usable caption; written to skipped.csv too.
+    usable caption; written to skipped.csv too. With `rank`, of what this one knows so far.
 
     Raises UserError where there are more than `max_bad` allows.
     """
@@ -291,8 +293,8 @@ def check_bad(
     if not count:
         path.unlink(missing_ok=True)
         return bad
-    own = path.with_name(f"skipped.{os.getpid()}.csv")  # two ranks may have too many at once
-    with naming(path), open(own, "w", encoding="utf-8", newline="") as file:
+    own = path.with_name(f"skipped.{rank or 0}.csv")  # two ranks may have too many at once
+    with replacing(own) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("split", "id", "file_name", "reason"))
         for split, reasons in bad.items():
@@ -303,6 +305,7 @@ def check_bad(
                 writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
     os.replace(own, path)
     if count > cfg.max_bad * total:
+        so_far = "" if rank is None else f"at least (rank {rank}) "
         raise UserError(f"{so_far}{count} of {total} images cannot be used, more than "
                         f"max_bad={cfg.max_bad}: see {path}")  # fmt: skip
     return bad

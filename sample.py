@@ -29,7 +29,7 @@ import checkpoint
 import gallery
 import metrics
 import shapes
-from configurator import ConfigError, UserError, configure, one_of, run, within
+from configurator import ConfigError, UserError, configure, one_of, printable, run, within
 from data import Split, append, write_text
 from decode import Decoding, generate
 from track import Tracker
@@ -82,12 +82,14 @@ class SampleConfig:
         one_of(self, "track", "none mlflow")
         if bool(self.split) == bool(self.image):
             raise ConfigError("give either --split=<name> or --image <files and folders>")
-        idle = {"java": not self.split, "track": not self.gallery and self.track != "none",
-                "attention": not (self.split or self.gallery or self.out_json)}  # fmt: skip
-        needs = {"java": "--split", "track": "--gallery", "attention": "--gallery or --out_json"}
-        for name, does_nothing in idle.items():
-            if getattr(self, name) and does_nothing:
-                raise ConfigError(f"{name}: does nothing without {needs[name]}")
+        shown = self.split or self.gallery or self.out_json
+        for name, idle, needed in (
+            ("java", self.java and not self.split, "--split"),
+            ("track", self.track != "none" and not self.gallery, "--gallery"),
+            ("attention", self.attention and not shown, "--gallery or --out_json"),
+        ):
+            if idle:
+                raise ConfigError(f"{name}: does nothing without {needed}")
 
     def decoding(self, room: int) -> Decoding:
         own = {f.name: getattr(self, f.name) for f in fields(Decoding)}
@@ -306,7 +308,7 @@ def main(cfg: SampleConfig) -> dict:
             new[i] = as_prediction(items[i], captions, tokenizer, seen, side)
             if cfg.image:
                 for n in new[i].get("n_best", [new[i]]):
-                    print(UserError(f"{items[i]['path']}: {n['caption']}"))  # escapes odd names
+                    print(printable(f"{items[i]['path']}: {n['caption']}"))
         (partial.add if partial else done.extend)([new[i] for i in batch])
         bar.update(len(batch))
     bar.close()
@@ -319,7 +321,7 @@ def main(cfg: SampleConfig) -> dict:
     if cfg.split:
         scores = score(predictions, cfg.java)
     for line in skipped:
-        print(UserError(f"skipped {line}"), file=sys.stderr)
+        print(printable(f"skipped {line}"), file=sys.stderr)
     if out:
         write_text(out, json.dumps(predictions))
         table = Path(cfg.out_csv or out.with_suffix(".csv"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import shapes
-from configurator import Config, UserError
+from configurator import Config, UserError, printable
 from data import Tokenizer, read_json
 
 SPLITS = ("train", "val", "test")  # what {split} stands for
@@ -61,7 +61,7 @@ class Problems:
         for kind, (count, lines) in self.kinds.items():
             more = [f"  and {count - 20} more"] if count > 20 else []
             for line in (f"{kind}: {count}", *lines, *more):
-                print(UserError(line), file=sys.stderr)  # control characters escaped
+                print(printable(line), file=sys.stderr)
         if self.kinds:
             count = sum(count for count, _ in self.kinds.values())
             plural = "s" if count > 1 else ""
@@ -285,26 +285,31 @@ def tar_members(path: str, problems: Problems) -> Iterator[tuple]:
                 elif not member.isfile() or member.issparse():
                     problems.add("neither a plain file nor a folder", where, member.name)
                 else:
-                    if member.name.lower().endswith((".txt", ".json")):
-                        if member.size > 1 << 20:
-                            problems.add("text of more than 1 MiB", where, member.name)
-                        else:
-                            text = tar.extractfile(member).read()
+                    is_text = member.name.lower().endswith((".txt", ".json"))
+                    if is_text and member.size > 1 << 20:
+                        problems.add("text of more than 1 MiB", where, member.name)
+                    elif is_text:
+                        text = tar.extractfile(member).read()
                     yield where, member, text
-            end = tar.offset  # here tarfile stops without a word, whatever follows
-            with open(path, "rb") as file:
-                file.seek(end)
-                block = file.read(tarfile.RECORDSIZE)
-                whole = len(block) >= tarfile.BLOCKSIZE
-                while whole and block:
-                    whole, block = not block.strip(b"\0"), file.read(1 << 20)
-                if not whole:
-                    told = f"no end mark at byte {end} of {os.path.getsize(path)}"
-                    problems.add("tar that is cut, damaged, or two in one", path, told)
+            if not ends_at(path, tar.offset):  # where tarfile stops, whatever follows
+                told = f"no end mark at byte {tar.offset} of {os.path.getsize(path)}"
+                problems.add("tar that is cut, damaged, or two in one", path, told)
     except (tarfile.TarError, EOFError) as error:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         problems.add("broken tar", path, "compressed: gunzip it first" if packed else error)
+
+
+def ends_at(path: str, end: int) -> bool:
+    """Whether a block of zeros, and nothing but zeros, follows byte `end` of a tar."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            return False
+        while block and not block.strip(b"\0"):
+            block = file.read(1 << 20)
+    return not block
 
 
 READERS = {
@@ -376,8 +381,8 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
     """The rows as records of each split, checked."""
     names: dict[str, dict[str, dict]] = {}  # split -> file name -> record
     roots: dict[str, str] = {}  # split -> images folder
-    ids, caption_ids, unnumbered, with_tokens, tokenizer = set(), set(), 0, None, None
-    with_caption_ids = None
+    ids, caption_ids, unnumbered, tokenizer = set(), set(), 0, None
+    first: dict[str, bool] = {}  # whether the first row has what all must have, or none
     if cfg.tokenizer:
         tokenizer = Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
     for row in rows:
@@ -428,10 +433,11 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
         elif row.id is not None and row.id != record["id"]:
             problems.add("image with two ids", where, f"{name}: {row.id}")
         record["captions"] += captions
-        if with_caption_ids is None:
-            with_caption_ids = bool(row.caption_ids)
-        if with_caption_ids != bool(row.caption_ids):
-            problems.add("caption ids for some images only", where)
+        with_tokens = row.tokens is not None
+        for what, has in (("caption ids for some images", bool(row.caption_ids)),
+                          ("tokens for some captions", with_tokens)):  # fmt: skip
+            if first.setdefault(what, has) != has:
+                problems.add(f"{what} only", where)
         if row.caption_ids:
             record.setdefault("caption_ids", []).extend(row.caption_ids)
             for number in row.caption_ids:
@@ -439,11 +445,7 @@ def gather(rows: Iterator[Row], cfg: Config, problems: Problems) -> dict[str, li
                     problems.add("caption id bad or used twice", where, number)
                 else:
                     caption_ids.add(number)
-        if with_tokens is None:
-            with_tokens = row.tokens is not None
-        if with_tokens != (row.tokens is not None):
-            problems.add("tokens for some captions only", where)
-        elif with_tokens:
+        if with_tokens and first["tokens for some captions"]:
             if not tokenizer:
                 raise UserError(f"{where}: tokens need --tokenizer=FILE, the model that made them")
             given = row.tokens if isinstance(row.tokens, list) else [None]

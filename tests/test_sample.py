@@ -154,7 +154,7 @@ IDLE = [  # what would have been ignored, or found out after all work
 
 
 @pytest.mark.parametrize("settings, says", IDLE)
-def test_nothing_is_ignored_or_found_out_too_late(trained, monkeypatch, settings, says):
+def test_nothing_is_ignored_or_found_out_too_late(trained, settings, says):
     with pytest.raises(UserError, match=re.escape(says)):
         sample.main(SampleConfig(**dict(ckpt="out/tiny/ckpt.pt", split="val") | settings))
 
