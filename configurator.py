@@ -67,7 +67,7 @@ class Config:
     lowercase: bool = False  # lower-case captions before tokenising
     max_bad: float = 0.01  # share of unreadable images above which prepare.py stops
     encode_batch: int = 64  # images encoded at a time
-    workers: int = 2  # processes that read images
+    workers: int = 2  # threads that read images
     downloads: str = ""  # zip files to fetch: "URL PATH [CHECKSUM]; ...", see download.py
     yes: bool = False  # download without asking
     # -- shapes, the built-in dataset -----------------------------------------------------

@@ -17,13 +17,14 @@ import os
 import struct
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from configurator import UserError
 
@@ -41,6 +42,8 @@ SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .avif".split()
 LARGEST = 1 << 28  # bytes of a file
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NARROWEST = 200  # width : height, or the reverse; the resize to CLIP's height grows with it
+# Its warnings would stand between the lines of a progress bar; what matters becomes BadImage.
+warnings.filterwarnings("ignore", module="PIL")
 # What Pillow raises on broken files, besides its own UnidentifiedImageError (an OSError).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
           AttributeError, ArithmeticError, MemoryError, struct.error, zlib.error)  # fmt: skip
@@ -68,35 +71,33 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
         raise BadImage("empty file")
     if len(data) > LARGEST:
         raise BadImage(f"more than {LARGEST >> 20} MiB")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if max(width, height) > NARROWEST * min(width, height):
-                raise BadImage(f"{width} x {height} pixels: too narrow")
-            image.load()
-            turn = orientation(image)
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                image = eight_bits(image)
-            clear = image.info.get("transparency")
-            if isinstance(clear, tuple) and max(clear) > 255:  # of RGB, Pillow keeps 8 high bits
-                image.info["transparency"] = tuple(value >> 8 for value in clear)
-            if image.mode in ("I", "F"):
-                raise BadImage(f"32-bit pixels (mode {image.mode}), of no known range")
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            image = image.convert("RGB")
-            return image if turn is None else image.transpose(turn)
-        except Image.UnidentifiedImageError:
-            raise BadImage(f"no image in a known format ({' '.join(FORMATS)})") from None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            most = Image.MAX_IMAGE_PIXELS
-            raise BadImage(f"more than {most} pixels") from None
-        except BROKEN as error:
-            raise BadImage(f"broken: {error or type(error).__name__}") from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+        if max(width, height) > NARROWEST * min(width, height):
+            raise BadImage(f"{width} x {height} pixels: too narrow")
+        image.load()
+        turn = orientation(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+            image = eight_bits(image)
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and max(clear) > 255:  # of RGB, Pillow keeps 8 high bits
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+        if image.mode in ("I", "F"):
+            raise BadImage(f"32-bit pixels (mode {image.mode}), of no known range")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"no image in a known format ({' '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # more than twice as many
+        raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except BROKEN as error:
+        raise BadImage(f"broken: {error or type(error).__name__}") from None
 
 
 def eight_bits(image):
@@ -153,7 +154,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 
 
 class Reader:
-    """What a worker process does: files -> pixels. It knows the processor, but not the model."""
+    """Files -> pixels. It knows the processor, but not the model."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -165,7 +166,7 @@ class Reader:
             input_data_format="channels_last",  # else guessed, wrongly for images 3 pixels high
         )["pixel_values"]  # fmt: skip
 
-    def __getitem__(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]] | UserError:
+    def __call__(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]]:
         """The pixels of the readable files, and the reason for each other one, by its place."""
         images, bad = [], {}
         for i, file in enumerate(files):
@@ -173,8 +174,6 @@ class Reader:
                 images.append(read_image(*file))
             except BadImage as error:
                 bad[i] = str(error)
-            except UserError as error:  # DataLoader would wrap it in a traceback
-                return error
         return self.pixels(images) if images else torch.empty(0), bad
 
 
@@ -218,6 +217,7 @@ class Encoder:
         transformers.logging.set_verbosity_error()  # it would advise torchvision
         transformers.logging.disable_progress_bar()
         try:
+            processor = AutoImageProcessor.from_pretrained(where)
             kind = AutoConfig.from_pretrained(where).model_type
             if kind in ("clip", "clip_vision_model"):
                 cls = transformers.CLIPVisionModelWithProjection
@@ -226,7 +226,6 @@ class Encoder:
             else:
                 raise UserError(f"clip={name} is a {kind} model; CLIP or SigLIP is needed")
             model, info = cls.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
-            processor = AutoImageProcessor.from_pretrained(where)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"clip={name} could not be loaded: {reason}") from None
@@ -286,21 +285,16 @@ class Encoder:
     def stream(self, batches: Iterable[list[tuple]], workers: int) -> Iterator[tuple]:
         """Encodes batches of files, each file the arguments of `read_image`.
 
-        Files are read by `workers` processes (0: by this one) while the model computes, and the
+        Files are read by `workers` threads (0: by this one) while the model computes, and the
         next batch is given to the device before the last one is waited for.
 
         Yields, for each batch in order: (n, P, D) float16 of its n readable files, and the
         reason for each other file, by its place in the batch. Raises UserError where files cannot
-        be read for another reason than their own, or a worker dies.
+        be read for another reason than their own.
         """
-        loader = DataLoader(self.reader, sampler=batches, batch_size=None, num_workers=workers,
-                            pin_memory=self.device.type == "cuda")  # fmt: skip
         empty = torch.empty(0, self.n_positions, self.embedding_dim, dtype=torch.float16)
         begun = None
-        for read in unbroken(loader):
-            if isinstance(read, UserError):
-                raise read
-            pixels, bad = read
+        for pixels, bad in read_ahead(self.reader, batches, workers):
             next_ = (self.encode(pixels) if len(pixels) else empty, bad)
             if begun:
                 yield begun[0].cpu(), begun[1]
@@ -309,14 +303,23 @@ class Encoder:
             yield begun[0].cpu(), begun[1]
 
 
-def unbroken(loader: DataLoader) -> Iterator:
-    """The loader's items. Raises UserError where a worker dies, of its memory or a signal."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-            raise
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{reason}: the same command goes on, perhaps with fewer --workers"
-        ) from None
+def read_ahead(read, batches: Iterable, threads: int) -> Iterator:
+    """Yield read(batch) for each batch in order; `threads` threads read the next ones meanwhile.
+
+    Threads, not processes: Pillow decodes and resizes without Python's lock, and a forked process
+    would inherit every lock that another thread holds, but not the thread that releases it.
+    """
+    if not threads:
+        yield from map(read, batches)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            pending: deque = deque()
+            for batch in batches:
+                pending.append(pool.submit(read, batch))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # after an error, or when nobody asks for more
+            pool.shutdown(cancel_futures=True)

@@ -68,7 +68,7 @@ class SampleConfig:
     attention: bool = False  # keep, for the gallery, which prefix each token attends to
     # -- run ------------------------------------------------------------------------------
     batch_size: int = 64  # images decoded at a time
-    workers: int = 2  # processes that read image files
+    workers: int = 2  # threads that read image files
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
     java: bool = False  # score with the COCO toolkit's Java tokenizer too, not only its METEOR

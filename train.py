@@ -122,16 +122,24 @@ class Place:
         return every
 
     def matmul_rate(self) -> float:
-        """FLOP/s of a large matrix product here and now, in the precision of training."""
-        n = 8192 if self.kind == "cuda" else 1024
+        """FLOP/s of a large matrix product here and now, in the precision of training.
+
+        Matrices grow until a product takes 10 ms, or to the size at which every device is at its
+        best: a CPU without bfloat16 takes seconds for what others do in a moment.
+        """
+        n, took = 128, 0.0
+        while took < 0.01 and n < (8192 if self.kind == "cuda" else 1024):
+            n *= 2
+            took = self.matmul_seconds(n)
+        return 2 * n**3 / min(self.matmul_seconds(n) for _ in range(8))
+
+    def matmul_seconds(self, n: int) -> float:
+        """Seconds that a product of two (n, n) matrices takes."""
         own = torch.Generator(self.device)  # a resumed run's draws must not depend on this
         a, b = (torch.randn(n, n, device=self.device, generator=own).to(self.dtype) for _ in "ab")
-        took = []
-        for _ in range(8):
-            begin = time.perf_counter()
-            (a @ b)[0, 0].item()
-            took.append(time.perf_counter() - begin)
-        return 2 * n**3 / min(took)
+        begin = time.perf_counter()
+        (a @ b)[0, 0].item()
+        return time.perf_counter() - begin
 
 
 def compiles(cfg: Config, place: Place) -> bool:

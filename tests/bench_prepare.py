@@ -6,7 +6,7 @@
 
 The first runs prepare.py on each CSV and fits time and memory by a line, for 3 million captions.
 The second alternates the bare model on ready tensors with the whole path from files, start-up of
-the worker processes included. On a busy machine its wall-clock figures are worth little: then look
+the readers included. On a busy machine its wall-clock figures are worth little: then look
 at the CPU time of the model's own process, and at what a worker needs for an image.
 """
 
@@ -36,7 +36,7 @@ class Bench:
     batch: int = 64  # images
     batches: int = 8  # encoded in each round
     rounds: int = 5  # after one that warms up
-    workers: int = 2  # processes that read images
+    workers: int = 2  # threads that read images
 
 
 def captions(cfg: Bench, folder: Path) -> None:
@@ -85,7 +85,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
     paths, n = find_images([cfg.images]), cfg.batch * cfg.batches
     files = [(paths[i % len(paths)],) for i in range(n)]
     batches = [files[i : i + cfg.batch] for i in range(0, n, cfg.batch)]
-    ready = [encoder.reader[batch][0] for batch in batches]
+    ready = [encoder.reader(batch)[0] for batch in batches]
     shares, own = [], []
     for i in range(cfg.rounds + 1):
         begin, cpu = time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
           f"bare model's speed; {np.mean(own):.1%} ± {np.std(own):.1%} by CPU time")  # fmt: skip
     begin = time.process_time()
     for batch in batches:
-        encoder.reader[batch]
+        encoder.reader(batch)
     print(f"{encoder.device}, {cfg.layers} layers, patches of {cfg.patch}, {cfg.workers} workers, "
           f"{torch.get_num_threads()} threads; to read and resize an image takes "
           f"{1e3 * (time.process_time() - begin) / n:.1f} ms of CPU")  # fmt: skip

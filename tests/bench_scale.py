@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-from conftest import WORDS  # noqa: E402
+from helpers import WORDS  # noqa: E402
 from numpy.lib.format import open_memmap  # noqa: E402
 
 from configurator import configure, run  # noqa: E402

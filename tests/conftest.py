@@ -1,53 +1,69 @@
-"""A tiny dataset of real files, for the tests of training, checkpoints and sampling."""
+"""The suite's own rules: one thread each, no fork of a process with threads, nothing left running.
 
-from pathlib import Path
+A forked child has the locks of all threads but only one of the threads: a lock that another one
+held at that moment is never released (tqdm's once was, and `make test` waited for ever).
+"""
 
-import numpy as np
-import pytest
+import os
+import threading
 
-from data import write_array, write_meta, write_split
-from prepare import train_tokenizer
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tiny tensors gain nothing from more threads
 
-WORDS = "dog cat bird horse cow sheep runs sleeps eats jumps red blue green small large old".split()
+from pathlib import Path  # noqa: E402
 
+import helpers  # noqa: E402
+import pytest  # noqa: E402
 
-def tiny_records(n: int, first: int, rng: np.random.Generator) -> list[dict]:
-    """Images with one to four captions of two to eight words."""
-    return [
-        {
-            "id": first + i,
-            "file_name": f"{first + i}.png",
-            "captions": [
-                " ".join(rng.choice(WORDS, rng.integers(2, 9))) for _ in range(rng.integers(1, 5))
-            ],
-        }
-        for i in range(n)
-    ]
+FORK = os.fork
+SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # they end with pytest
 
 
-def tiny_dataset(folder: Path, images: int = 24, width: int = 16) -> Path:
-    """Writes train and val splits with random embeddings, (N, 1, width)."""
-    rng = np.random.default_rng(0)
-    splits = {"train": tiny_records(images, 0, rng), "val": tiny_records(8, images, rng)}
-    folder.mkdir(parents=True)
-    tokenizer = train_tokenizer([c for r in splits["train"] for c in r["captions"]], 64)
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
-    counts = {}
-    for split, records in splits.items():
-        embeddings = rng.standard_normal((len(records), 1, width)).astype(np.float16)
-        write_array(folder / f"{split}_embeddings.npy", embeddings)
-        counts[split] = write_split(folder, split, records, tokenizer)
-    write_meta(folder, {
-        "dataset": folder.name, "source": "test", "captions": "", "images": "", "encoder": "",
-        "features": "pooled", "grid": 0, "n_positions": 1, "embedding_dim": width,
-        "normalize": True, "lowercase": False, "vocab_size": len(tokenizer), "splits": counts,
-    })  # fmt: skip
-    return folder
+def fork_without_threads() -> int:
+    """os.fork, by which Python's multiprocessing forks too; it fails where there are threads."""
+    names = [thread.name for thread in threading.enumerate()]
+    native = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    if max(len(names), native) > 1:
+        raise RuntimeError(f"fork of a process with {native} threads ({', '.join(names)})")
+    return FORK()
+
+
+os.fork = fork_without_threads
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:  # it has ended, or this is no Linux
+        return ""
+
+
+def has_children() -> bool:
+    """Whether there is any, which is cheaper to ask than which."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """A process that a test leaves behind fails the test, with the stacks of its threads."""
+    yield
+    left = [p for p in helpers.STARTED if p.poll() is None]
+    told = [f"{p.args}:\n{helpers.stacks(p)}" for p in left]
+    helpers.STARTED.clear()
+    for pid in helpers.children(os.getpid()) if has_children() else ():
+        command = command_of(pid)
+        if command and not any(name in command for name in SERVERS):
+            told.append(command)
+            os.kill(pid, 9)
+    assert not told, "left running: " + "\n".join(told)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working directory with data/tiny in it."""
-    tiny_dataset(tmp_path / "data" / "tiny")
+    helpers.tiny_dataset(tmp_path / "data" / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path

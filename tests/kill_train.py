@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from conftest import tiny_dataset  # noqa: E402
-from test_train import children, finish, flags, losses, start  # noqa: E402
+from helpers import descendants, finish, flags, losses, start, tiny_dataset, wait  # noqa: E402
 
 from configurator import configure, run  # noqa: E402
 
@@ -37,14 +36,6 @@ class KillConfig:
     kills: int = 20
     steps: int = 300  # of the whole run
     seed: int = 0  # of the moments
-
-
-def family(pid: int) -> list[int]:
-    """A process and its descendants: torchrun puts its workers into sessions of their own."""
-    members = [pid]
-    for member in members:  # it grows meanwhile
-        members += children(member)
-    return members
 
 
 def kill(process: subprocess.Popen, moment: str, steps: int, chance: random.Random) -> None:
@@ -64,7 +55,7 @@ def kill(process: subprocess.Popen, moment: str, steps: int, chance: random.Rand
         time.sleep(chance.uniform(0, 5))
     while moment != "the start" and process.poll() is None and not resumed():
         time.sleep(0.01)
-    members = family(process.pid)
+    members = [process.pid, *descendants(process.pid)]
     if moment != "the start":
         goal = log.read_text().count('"loss"') + steps
         while process.poll() is None and log.read_text().count('"loss"') < goal:
@@ -76,7 +67,7 @@ def kill(process: subprocess.Popen, moment: str, steps: int, chance: random.Rand
     for pid in members:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    wait(process)
 
 
 def same(a, b) -> bool:

@@ -5,32 +5,31 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from stat import S_ISDIR
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_dataset
-from test_train import (
+from helpers import (
     ROOT,
     SMALL,
     children,
+    equal,
     finish,
     flags,
     log_of,
-    losses,
     one_line,
+    outcome,
     start,
+    tiny_dataset,
+    wait,
     wait_for_steps,
-    weights,
-)  # fmt: skip
+)
 
 import checkpoint
 import data
@@ -38,36 +37,6 @@ import plot
 import train
 from configurator import Config
 from data import write_text
-
-
-def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:
-    """The exit status, stdout and stderr of a script that is run in this very process."""
-    capfd.readouterr()
-    status, argv = 0, sys.argv
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
-    sys.argv = [str(ROOT / script), *args]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code or 0
-        if isinstance(status, str):  # what the interpreter does with it
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:  # noqa: BLE001 - it is what a user would see
-        traceback.print_exc()
-        status = -1
-    finally:
-        sys.argv = argv
-        for number, handler in handlers:
-            signal.signal(number, handler)
-    return status, *capfd.readouterr()
-
-
-def equal(a: str, b: str) -> bool:
-    """Whether two runs' weights and logged losses are bit-equal."""
-    files = [(weights(f"{a}/{name}"), weights(f"{b}/{name}")) for name in ("ckpt.pt", "last.pt")]
-    same = all(torch.equal(v, y[k]) for x, y in files for k, v in x.items())
-    return same and losses(a) == losses(b)
 
 
 @pytest.fixture(autouse=True)
@@ -235,8 +204,7 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path):
         "    part.write_text('half')\n    os.kill(os.getpid(), 9)"
     )
     for _ in range(2):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=False)
+        wait(start("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}))
         assert len(os.listdir(tmp_path)) == 1
     write_text(tmp_path / "file", "whole")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "whole"
@@ -313,7 +281,7 @@ def test_a_signal_to_torchrun_and_to_its_processes_is_one_signal(here):
     assert len(workers) == 2
     for pid in (*workers, run.pid):
         os.kill(pid, signal.SIGTERM)
-    out, err = run.communicate(timeout=60)
+    out, err = wait(run, 60)
     step = log_of("parts")[-1]["step"]
     assert f"stopped by a signal after step {step}: " in out, err[-2000:]
     content = checkpoint.load("parts/last.pt")

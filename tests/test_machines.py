@@ -12,10 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_dataset
-from test_encoder import tiny_clip
-from test_prepare import made, many
-from test_train import ROOT, children, flags, log_of, losses, wait_for_steps, weights
+from helpers import (
+    ROOT,
+    children,
+    finish,
+    flags,
+    log_of,
+    losses,
+    made,
+    many,
+    spawn,
+    start,
+    tiny_clip,
+    tiny_dataset,
+    wait,
+    wait_for_steps,
+    weights,
+)
+
+pytestmark = pytest.mark.xdist_group("machines")  # one at a time: they use the same names
 
 HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
 
@@ -51,17 +66,17 @@ def launch(
 ) -> list[subprocess.Popen]:  # fmt: skip
     """The README's command for several machines, with `workers` on each host, in a working
     directory of its own where `folders` names two."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lan"}
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lan"}
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarts read addresses of the dead
     return [
-        subprocess.Popen(
+        spawn(
             ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
              "--nnodes=2", f"--nproc_per_node={workers}", f"--max_restarts={restarts}",
              "--rdzv_backend=c10d", f"--local_addr={address}",
              f"--rdzv_endpoint={hosts['nc-host0']}:{port}",
              f"--rdzv_conf=is_host={host == 'nc-host0'}",  # these have no host names to tell it
              str(ROOT / script), *args],
-            env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=env, cwd=folder, stderr=subprocess.STDOUT,
         )
         for (host, address), folder in zip(hosts.items(), folders, strict=True)
     ]  # fmt: skip
@@ -75,15 +90,15 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     long = flags(max_iters=120, eval_interval=20, dropout=0.1)
 
-    def wait(runs: list[subprocess.Popen]) -> None:
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
+    def succeed(runs: list[subprocess.Popen]) -> None:
+        outputs = [wait(run)[0] for run in runs]
         assert all(run.returncode == 0 for run in runs), "\n".join(outputs)[-6000:]
 
-    wait(launch(hosts, 29701, *long, "--out_dir=whole", workers=workers))
+    succeed(launch(hosts, 29701, *long, "--out_dir=whole", workers=workers))
     runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume", workers=workers)
     wait_for_steps(Path("parts/log.jsonl"), 50)
     os.kill(children(runs[1].pid)[0], signal.SIGKILL)
-    wait(runs)
+    succeed(runs)
     assert log_of("parts")[-1]["step"] == 120
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     if workers == 1:
@@ -104,7 +119,7 @@ def test_machines_that_do_not_share_the_output_folder_are_told(hosts, tmp_path):
     args = flags(max_iters=6)
     for status, resume in ((0, []), (1, ["--resume"])):
         runs = launch(hosts, 29703 + status, *args, *resume, folders=folders, restarts=0)
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        outputs = [wait(run)[0] for run in runs]
         assert all((run.returncode == 0) == (status == 0) for run in runs), outputs
     assert "is not the same on every machine" in "".join(outputs)
 
@@ -121,7 +136,7 @@ def test_two_machines_encode_into_one_folder_or_are_told(hosts, tmp_path, monkey
     args += ["--clip=./clip", "--encode_batch=2", "--workers=0", "--device=cpu", "--yes"]
     monkeypatch.chdir(folders[0])
     if shared:
-        subprocess.run([sys.executable, str(ROOT / "prepare.py"), *args], check=True)
+        finish(start("prepare.py", *args))
         expected = made()
         shutil.rmtree("data")
     else:
@@ -131,7 +146,7 @@ def test_two_machines_encode_into_one_folder_or_are_told(hosts, tmp_path, monkey
             np.save(folders[1] / f"data/mine/encoding/{split}.npy", np.zeros((n, 1, 24), "f2"))
     runs = launch(hosts, 29705, *args, script="prepare.py", restarts=0,
                   folders=(folders[0], folders[not shared]))  # fmt: skip
-    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    outputs = [wait(run)[0] for run in runs]
     if shared:
         assert all(run.returncode == 0 for run in runs), outputs
         assert made() == expected

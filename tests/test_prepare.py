@@ -7,13 +7,10 @@ import hashlib
 import http.server
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -23,9 +20,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    PATIENCE,
+    ROOT,
+    finish,
+    made,
+    many,
+    one_line,
+    photos,
+    picture,
+    stacks,
+    start,
+    tiny_clip,
+    wait,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_encoder import picture, tiny_clip
 
 import download
 import encoder as encoder_module
@@ -59,19 +69,8 @@ PHOTOS = {
 }  # fmt: skip
 
 
-def photos(folder: Path, names) -> None:
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(20 + i % 15, 30 - i % 15, i).save(folder / name)
-
-
 def every_photo(folder: Path) -> None:
     photos(folder, [name for split in PHOTOS.values() for name in split])
-
-
-def made(folder: str = "data/mine") -> dict[str, bytes]:
-    """The bytes of a dataset's files."""
-    return {p.name: p.read_bytes() for p in sorted(Path(folder).glob("*")) if p.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,16 +643,6 @@ def test_own_embeddings_and_their_mistakes(here, capsys):
 # Bad images
 
 
-def many(folder: Path, train: int, val: int = 4) -> dict:
-    """A CSV source of so many photos, each told by its caption."""
-    for split, n in (("train", train), ("val", val)):
-        names = [f"{split}{i}.png" for i in range(n)]
-        photos(folder / "photos", names)
-        rows = [f"{name},photo {name[:-4]}" for name in names]
-        (folder / f"{split}.csv").write_text("\n".join(["image,caption", *rows]))
-    return {"dataset": "mine", "source": "csv", "captions": "{split}.csv", "images": "photos"}
-
-
 def test_bad_images_are_left_out_and_listed_and_the_rest_stays_aligned(here, clip, capsys):
     told = many(here, 30) | {"clip": clip, "encode_batch": 4, "workers": 0}
     bad = {"train0.png": b"", "train5.png": b"text", "train6.png": b"", "val3.png": b"GIF89a",
@@ -745,23 +734,31 @@ def test_a_split_of_bad_images_only(here, clip):
 # Interrupted, sharded, changed
 
 
-def child(folder: Path, told: dict, rank: int, world: int, port: int) -> None:
-    """prepare.py in a forked process, as torchrun would start it."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    prepare.SYNC = 0.0  # every batch is safe at once
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    prepare.main(Config(**told))
+EVERY_BATCH = """
+import sys, prepare
+from configurator import Config, configure, run
+
+prepare.SYNC = 0.0  # every batch is safe at once
+run(prepare.main, configure(Config, sys.argv[1:]))
+"""
 
 
 def begin(folder: Path, told: dict, rank: int = 0, world: int = 1, port: int = 0):
-    process = multiprocessing.get_context("fork").Process(
-        target=child, args=(folder, told, rank, world, port)
-    )
-    process.start()
-    return process
+    """Start prepare.py in a process of its own, for several ranks as torchrun would."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    if world > 1:
+        env |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    args = [f"--{k}={v}" for k, v in told.items()]
+    return start("-c", EVERY_BATCH, *args, cwd=folder, env=env)
+
+
+def wait_for_batches(folder: Path, n: int, process) -> None:
+    """Wait until n batches are noted as done."""
+    deadline = time.monotonic() + PATIENCE
+    while lines_done(folder) < n and process.poll() is None:
+        assert time.monotonic() < deadline, f"no {n} batches:\n{stacks(process)}"
+        time.sleep(0.001)
 
 
 def lines_done(folder: Path) -> int:
@@ -776,9 +773,7 @@ def undisturbed(tmp_path_factory, clip):
     told = many(folder, 260, 40) | {"clip": clip, "encode_batch": 2, "workers": 1, "max_bad": 0.5}
     for name in ("train0.png", "train77.png", "val39.png"):
         (folder / "photos" / name).write_bytes(b"")
-    process = begin(folder, told)
-    process.join()
-    assert process.exitcode == 0
+    finish(begin(folder, told))
     return folder, told, made(folder / "data/mine")
 
 
@@ -795,18 +790,15 @@ def test_ten_kills_change_nothing(undisturbed, tmp_path):
     for _ in range(10):
         process = begin(folder, told)
         target = before + rng.randint(1, 6)
-        while lines_done(folder) < target and process.is_alive():
-            time.sleep(0.001)
+        wait_for_batches(folder, target, process)
         time.sleep(rng.random() * 0.01)
         process.kill()
-        process.join()
-        assert process.exitcode == -9, "it ended before it was killed"
+        assert "Error" not in "".join(wait(process))
+        assert process.returncode == -9, "it ended before it was killed"
         assert not (folder / "data/mine/meta.json").exists()
         assert lines_done(folder) >= target  # each run went on from the one before
         before = lines_done(folder)
-    process = begin(folder, told)
-    process.join()
-    assert process.exitcode == 0
+    finish(begin(folder, told))
     assert made(folder / "data/mine") == expected
 
 
@@ -816,13 +808,12 @@ def test_two_processes_and_a_kill_change_nothing(undisturbed, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         ranks = [begin(folder, told, rank, 2, port) for rank in range(2)]
-        while killed and lines_done(folder) < 10:
-            time.sleep(0.001)
-        for process in ranks:
-            if killed:
+        if killed:
+            wait_for_batches(folder, 10, ranks[0])
+            for process in ranks:
                 process.kill()
-            process.join()
-        assert killed or [process.exitcode for process in ranks] == [0, 0]
+        outputs = [wait(process) for process in ranks]
+        assert killed or [process.returncode for process in ranks] == [0, 0], outputs
     assert len(list((folder / "data/mine").glob("*"))) == len(expected)
     assert made(folder / "data/mine") == expected
 
@@ -933,11 +924,8 @@ def test_a_vocabulary_too_small_is_told_before_anything_is_encoded(here, clip, m
 def test_a_second_prepare_of_the_same_dataset_is_refused(here, clip):
     told = many(here, 8) | {"clip": clip, "workers": 0}
     with prepare.alone(Path("data/mine")):
-        args = [f"--{k}={v}" for k, v in told.items()]
-        run = subprocess.run(
-            [sys.executable, prepare.__file__, *args], capture_output=True, text=True
-        )
-    assert run.returncode == 1 and run.stderr == "another prepare.py is writing data/mine/\n"
+        said = one_line(start("prepare.py", *(f"--{k}={v}" for k, v in told.items())))
+    assert said == "another prepare.py is writing data/mine/\n"
     prepare.main(Config(**told))
     assert not Path("data/mine/lock").exists()
 

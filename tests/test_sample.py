@@ -2,19 +2,27 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_encoder import picture, tiny_clip
-from test_train import ROOT, SMALL, one_line, start
+from helpers import (
+    SMALL,
+    finish,
+    one_line,
+    picture,
+    start,
+    tiny_clip,
+    tiny_dataset,
+    wait,
+)
 
 import checkpoint
 import metrics
@@ -32,19 +40,18 @@ def trained(here):
     return here
 
 
-def ask(*args: str) -> subprocess.Popen:
-    return start("sample.py", "--ckpt=out/tiny/ckpt.pt", "--device=cpu", *args)
+def ask(*args: str, java: bool = False) -> subprocess.Popen:
+    """Start sample.py. Without `java` it finds none: METEOR would take ten seconds."""
+    env = os.environ if java else os.environ | {"PATH": ""}
+    return start("sample.py", "--ckpt=out/tiny/ckpt.pt", "--device=cpu", *args, env=env)
 
 
-def run(*args: str) -> str:
-    process = ask(*args)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+def run(*args: str, java: bool = False) -> str:
+    return finish(ask(*args, java=java))
 
 
 def test_a_split_becomes_json_csv_and_scores(trained):
-    output = run("--split=val", "--method=beam", "--n_best=3", "--out_csv=table.csv")
+    output = run("--split=val", "--method=beam", "--n_best=3", "--out_csv=table.csv", java=True)
     scores = json.loads(output.splitlines()[-1])
     predictions = json.loads(Path("out/tiny/val/predictions.json").read_text())
     images, references = Split(trained / "data/tiny", "val").references()
@@ -58,14 +65,13 @@ def test_a_split_becomes_json_csv_and_scores(trained):
     )
     for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"):
         assert scores[name] == corpus[name]
+    assert (scores["METEOR"] is None) == (metrics.java_missing() is not None)
     assert float(table[1][6]) == pytest.approx(each[24]["CIDEr"], abs=1e-4)
     assert all(len(p["n_best"]) == 3 and p["n_best"][0]["caption"] == p["caption"]
                for p in predictions)  # fmt: skip
     best = [n["logprob"] for n in predictions[0]["n_best"]]
     assert best == sorted(best, reverse=True)
-    command = [sys.executable, str(ROOT / "metrics.py"), "out/tiny/val/predictions.json",
-               "data/tiny/val.json"]  # fmt: skip
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = finish(start("metrics.py", "out/tiny/val/predictions.json", "data/tiny/val.json"))
     assert json.loads(said.splitlines()[-1])["CIDEr"] == pytest.approx(scores["CIDEr"], abs=1e-9)
 
 
@@ -77,7 +83,7 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
     while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 4):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    wait(process)
     if not Path("parts/p.json").exists():  # it was quicker than the kill only on a fast machine
         with open(partial, "a") as file:
             file.write('{"image_id": 9, "capt')  # as a kill within a write leaves it
@@ -174,8 +180,6 @@ def test_java_that_is_not_there_is_told_before_work(trained, monkeypatch):
 
 
 def test_a_dataset_of_another_width_is_refused(trained):
-    from conftest import tiny_dataset
-
     tiny_dataset(trained / "data/wide", width=20)
     with pytest.raises(UserError, match="embedding_dim 20, not 16"):
         sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", data="data/wide"))

@@ -1,22 +1,33 @@
 """train.py: the same update however a batch is cut, the same run however it is interrupted."""
 
 import functools
-import json
 import math
 import os
 import pickle
 import platform
 import random
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_dataset
+from helpers import (
+    ROOT,
+    SMALL,
+    children,
+    finish,
+    flags,
+    log_of,
+    losses,
+    one_line,
+    start,
+    tiny_dataset,
+    wait,
+    wait_for_steps,
+    weights,
+)
 from torch._dynamo.testing import CompileCounter
 
 import checkpoint
@@ -24,52 +35,6 @@ import train
 from configurator import Config, UserError
 from data import Order, Split
 from decode import Decoding, generate
-
-ROOT = Path(train.__file__).parent
-SMALL = dict(
-    dataset="tiny", n_prefix=2, n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0,
-    batch_size=8, max_iters=12, learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, eval_interval=6,
-    log_interval=1, device="cpu", dtype="float32",
-)  # fmt: skip
-
-
-def flags(**changes) -> list[str]:
-    return [f"--{k}={v}" for k, v in (SMALL | changes).items()]
-
-
-def start(*args, processes: int = 0) -> subprocess.Popen:
-    """train.py (or another script) in a process of its own, or under torchrun."""
-    script, *rest = args
-    launch = [sys.executable]
-    if processes:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, str(ROOT / script), *rest], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err[-3000:]
-    return out + err
-
-
-def children(pid: int) -> list[int]:
-    """The processes that process `pid` started: of torchrun, its workers."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
-def log_of(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def losses(out) -> list[float]:
-    return [row["loss"] for row in log_of(out) if "loss" in row]
-
-
-def weights(path) -> dict:
-    return torch.load(path, weights_only=True)["model"]
 
 
 def test_a_tiny_dataset_is_learned_by_heart(here):
@@ -117,10 +82,7 @@ print(faults() - before)
 def test_memory_that_tensors_free_is_kept_and_not_fetched_anew():
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc can be asked to keep it")
-    kept, fetched = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=ROOT))
-        for how in ("kept", "fetched")
-    )
+    kept, fetched = (int(finish(start("-c", FAULTS, how, cwd=ROOT))) for how in ("kept", "fetched"))
     assert kept * 10 < fetched
 
 
@@ -166,14 +128,6 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(here, kind, monkeypa
         assert all(torch.equal(v, parts[k]) for k, v in whole.items()), file
 
 
-def wait_for_steps(out: Path, n: int) -> None:
-    for _ in range(3600):
-        if out.is_file() and out.read_text().count('"loss"') >= n:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {n} steps in {out}")
-
-
 @pytest.mark.parametrize("processes", [0, 2])
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     long = dict(max_iters=150, eval_interval=50)
@@ -184,7 +138,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
     if processes:  # as a scheduler does it: every worker gets the signal
         for worker in children(run.pid):
             os.kill(worker, signal.SIGTERM)
-        run.communicate(timeout=120)
+        wait(run)
     else:
         run.send_signal(signal.SIGTERM)
         assert "stopped by a signal" in finish(run, status=train.PREEMPTED)
@@ -276,7 +230,7 @@ def test_sigkill_at_random_moments_loses_nothing(here):
         run = start("train.py", *args, "--out_dir=parts", "--resume")
         time.sleep(chance.uniform(2, 6))
         run.kill()
-        run.communicate()
+        wait(run)
     finish(start("train.py", *args, "--out_dir=parts", "--resume"))
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
@@ -329,13 +283,6 @@ def test_the_learning_rate_warms_up_and_decays():
 
 # ---------------------------------------------------------------------------------------------
 # What users get wrong: one line, and a status that is not 0
-
-
-def one_line(process: subprocess.Popen) -> str:
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in (1, 2), err
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
-    return err
 
 
 @pytest.mark.parametrize(
