@@ -1,5 +1,5 @@
-# make demo    from nothing to captions, on the built-in dataset
-# make test    lint, then every test
+# make demo    install, then prepare, train and caption the built-in dataset; ends with a gallery
+# make test    install, lint, then run every test
 
 PYTHON ?= python3
 BIN := .venv/bin

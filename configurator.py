@@ -3,23 +3,21 @@
     python train.py config/coco.py mine.yaml --batch_size=256 --compile=false
     python train.py --help
 
-A config file is data, never code: `.py` files are parsed and YAML is composed, but nothing in
-them is run. Whatever a user gets wrong ends in one line that says where, and exit status 2.
+A config file is data, never code: nothing in a `.py` or YAML file is run. Any mistake ends in one
+line that says where it is, and exit status 2.
 """
 
 import ast
 import contextlib
 import difflib
-import errno
 import inspect
 import math
-import operator
 import os
 import re
 import sys
 import textwrap
 import warnings
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
@@ -27,22 +25,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
-
-def printable(text: str) -> str:
-    """One line, whatever it quotes: control characters are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-class UserError(Exception):
-    """A user's mistake: one clear line, no traceback."""
-
-    def __str__(self):
-        return printable(super().__str__())
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that does not exist, cannot be read, or is out of its range."""
-
+from parts.common import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Every setting of prepare.py and train.py. `--help` prints these very comments.
@@ -51,65 +34,65 @@ class ConfigError(UserError, ValueError):
 @dataclass(frozen=True)
 class Config:
     # -- data -----------------------------------------------------------------------------
-    dataset: str = "shapes"  # its name: the folder is data/<dataset>
+    dataset: str = "shapes"  # name of the dataset; its folder is data/<dataset>
     source: str = "shapes"  # shapes karpathy coco flickr csv jsonl shards
-    captions: str = ""  # caption file, or a pattern with {split} in it
+    captions: str = ""  # caption file, or a pattern that contains {split}
     images: str = ""  # folder of the images
-    clip: str = "assets/shapes-clip"  # encodes the images: a transformers name or a folder
-    features: str = "pooled"  # pooled grid: one embedding an image, or one a patch
-    grid: int = 0  # grid features: average-pool to grid x grid, 0 keeps all
-    normalize: bool = True  # scale each embedding to one length, as CLIP compares them
-    embeddings: str = ""  # .npy of your own embeddings, used instead of images
-    embedding_names: str = ""  # text file: the file name of each row's image, one a line
-    val_images: int = 0  # moved from train to val when the source has no val split
+    clip: str = "assets/shapes-clip"  # image encoder: a transformers model name or a folder
+    features: str = "pooled"  # pooled (one embedding per image) or grid (one per patch)
+    grid: int = 0  # grid features: average-pool to grid x grid patches, 0 = keep all
+    normalize: bool = True  # scale each embedding to the same length, as CLIP compares them
+    embeddings: str = ""  # .npy file of your own embeddings, used instead of images
+    embedding_names: str = ""  # text file: the image file name of each row, one per line
+    val_images: int = 0  # images moved from train to val if the source has no val split
     vocab_size: int = 8192  # subwords, learned from the training captions
     tokenizer: str = ""  # your own sentencepiece model, used instead of learning one
-    lowercase: bool = False  # lower-case captions before tokenising
-    max_bad: float = 0.01  # share of unreadable images above which prepare.py stops
+    lowercase: bool = False  # lower-case captions before tokenizing
+    max_bad: float = 0.01  # stop if more than this share of the images is unreadable
     encode_batch: int = 64  # images encoded at a time
     workers: int = 2  # threads that read images
-    downloads: str = ""  # zip files to fetch: "URL PATH [CHECKSUM]; ...", see download.py
+    downloads: tuple[str, ...] = ()  # archives to fetch, each "URL PATH [CHECKSUM]"
     yes: bool = False  # download without asking
     # -- shapes, the built-in dataset -----------------------------------------------------
     shapes_train: int = 8000  # scenes in train
     shapes_eval: int = 1000  # scenes in each of val, test and novel
     # -- model ----------------------------------------------------------------------------
-    n_prefix: int = 10  # prefix embeddings of an image, for pooled features
-    mapper: str = "linear"  # from embedding to prefix: linear mlp
+    n_prefix: int = 10  # pooled features: prefix embeddings per image
+    mapper: str = "linear"  # from image embedding to prefix: linear mlp
     n_layer: int = 6  # decoder blocks
-    n_head: int = 8  # attention heads of a block
+    n_head: int = 8  # attention heads per block
     n_embd: int = 512  # width of the decoder
-    block_size: int = 128  # longest prefix + caption, in tokens
+    block_size: int = 128  # maximum length of prefix + caption, in tokens
     dropout: float = 0.1  # everywhere in the decoder
-    bias: bool = False  # in the decoder's linear layers and layer norms
+    bias: bool = False  # give the decoder's linear layers and layer norms a bias
     # -- training -------------------------------------------------------------------------
-    batch_size: int = 64  # images per step over all processes
-    gradient_accumulation_steps: int = 1  # micro-steps that batch_size is cut into
-    max_iters: int = 10000  # steps
-    learning_rate: float = 1e-3  # at its highest, after the warmup
-    min_lr: float = 1e-4  # at its lowest, after the decay
+    batch_size: int = 64  # images per step, over all processes
+    gradient_accumulation_steps: int = 1  # micro-steps that a batch is split into
+    max_iters: int = 10000  # training steps
+    learning_rate: float = 1e-3  # maximum, reached after the warmup
+    min_lr: float = 1e-4  # minimum, reached after the decay
     warmup_iters: int = 200  # steps of linear warmup
     lr_decay_iters: int = 0  # step at which the decay ends, 0 = max_iters
-    weight_decay: float = 0.1  # of matrices; vectors have none
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95  # AdamW's
-    grad_clip: float = 1.0  # largest norm of the gradient, 0 = off
-    label_smoothing: float = 0.0  # share of the target spread over the vocabulary
-    ema: float = 0.0  # decay of the weights' moving average, 0 = off
+    weight_decay: float = 0.1  # of matrices only, not of vectors
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # maximum norm of the gradient, 0 = off
+    label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
+    ema: float = 0.0  # decay of the moving average of the weights, 0 = off
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
     # -- evaluation -----------------------------------------------------------------------
     eval_interval: int = 500  # steps between evaluations
-    eval_images: int = 500  # val images whose greedy captions CIDEr scores, 0 = all
+    eval_images: int = 500  # val images captioned greedily and scored by CIDEr, 0 = all
     log_interval: int = 10  # steps between log lines
     samples: int = 4  # captions printed at each evaluation
     # -- run ------------------------------------------------------------------------------
-    out_dir: str = ""  # checkpoints and log; empty: out/<dataset>
-    seed: int = 1337  # of everything random
+    out_dir: str = ""  # folder of checkpoints and log; empty: out/<dataset>
+    seed: int = 1337  # of all random numbers
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "auto"  # of autocast: auto bfloat16 float16 float32
-    compile: bool | None = None  # torch.compile; none: on for CUDA, off for CPU
-    resume: bool = False  # go on from out_dir/last.pt
-    track: str = "none"  # tracker beside log.jsonl: none mlflow
+    compile: bool | None = None  # use torch.compile; none: on for CUDA, off for CPU
+    resume: bool = False  # resume from out_dir/last.pt
+    track: str = "none"  # tracker to report to, next to log.jsonl: none mlflow
 
     @property
     def data_dir(self) -> Path:
@@ -117,7 +100,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out_dir) if self.out_dir else Path("out") / self.dataset
+        return Path(self.out_dir or f"out/{self.dataset}")
 
     def __post_init__(self):
         one_of(self, "source", "shapes karpathy coco flickr csv jsonl shards")
@@ -125,17 +108,14 @@ class Config:
         one_of(self, "mapper", "linear mlp")
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
-        within(self, "n_layer n_head encode_batch shapes_train shapes_eval", 1, 10**6)
-        within(self, "n_prefix n_embd block_size vocab_size batch_size", 1, 10**6)
-        within(self, "gradient_accumulation_steps", 1, 10**6)
-        within(self, "max_iters eval_interval log_interval", 1, 10**9)
-        within(self, "warmup_iters lr_decay_iters val_images eval_images samples", 0, 10**9)
-        within(self, "grid workers", 0, 1000)
+        within(self, "n_layer n_head n_embd n_prefix block_size vocab_size", 1, 10**6)
+        within(self, "batch_size encode_batch shapes_train shapes_eval", 1, 10**6)
+        within(self, "gradient_accumulation_steps max_iters eval_interval log_interval", 1)
+        within(self, "warmup_iters lr_decay_iters val_images eval_images samples", 0)
+        within(self, "grid workers learning_rate min_lr weight_decay grad_clip embedding_noise", 0)
         within(self, "seed", 0, 2**32 - 1)
         within(self, "max_bad", 0, 1)
         within(self, "dropout beta1 beta2 label_smoothing ema", 0, below=1)
-        within(self, "learning_rate min_lr weight_decay embedding_noise", 0, 1000)
-        within(self, "grad_clip", 0, 10**9)
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.dataset):
             refuse("dataset", "a plain name, as in data/<name>", self.dataset)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
@@ -156,15 +136,28 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks, for any settings class. A message opens with the setting's name, by which `build`
-# finds the line or the flag to blame.
+# Checks, for the __post_init__ of any settings class. An error carries the name of the setting,
+# so that `build` can add where it was set.
+
+
+class ConfigError(UserError):
+    """A setting that does not exist, cannot be read, or is out of its range; `name` says which."""
+
+    def __init__(self, text: str, name: str = ""):
+        super().__init__(text)
+        self.name = name
 
 
 def refuse(name: str, expected: str, value):
     """Raise the ConfigError of a setting whose value is wrong."""
-    text = value if isinstance(value, str) else repr(value)
-    got = "nothing" if value is None else f"`{text}`" if len(text) <= 60 else f"`{text[:59]}…`"
-    raise ConfigError(f"{name}: expected {expected}, got {got}")
+    try:
+        text = str(value)
+    except ValueError:  # Python prints at most 4,300 digits
+        text = "a very long number"
+    if len(text) > 60:
+        text = text[:59] + "…"
+    got = "nothing" if value is None else f"`{text}`"
+    raise ConfigError(f"{name}: expected {expected}, got {got}", name)
 
 
 def one_of(cfg, name: str, choices: str):
@@ -173,41 +166,47 @@ def one_of(cfg, name: str, choices: str):
         refuse(name, f"one of {choices}", getattr(cfg, name))
 
 
-def within(cfg, names: str, low, high=math.inf, below=math.inf):
-    """Check that low <= setting <= high and setting < below, for each setting in `names`."""
+def within(cfg, names: str, low, high=10**9, below=math.inf):
+    """Check that low <= setting <= high and setting < below, for each setting in `names`.
+
+    By default a setting is at most 10**9, so that it fits an int32 or a float32.
+    """
     for name in names.split():
-        if not (low <= getattr(cfg, name) <= high and getattr(cfg, name) < below):
-            top = f"<= {high}" if below == math.inf else f"< {below}"
-            refuse(name, f"{low} <= {name} {top}", getattr(cfg, name))
+        value = getattr(cfg, name)
+        if not (low <= value <= high and value < below):
+            limit = f"<= {high}" if below == math.inf else f"< {below}"
+            refuse(name, f"{low} <= {name} {limit}", value)
 
 
 # ---------------------------------------------------------------------------------------------
-# The typed door: every value of every file, flag and checkpoint comes in here.
+# Types: every value of every file, flag and checkpoint passes `cast`.
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOTHING = ("none", "auto", "null")
-EXPECTED = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+EXPECTED = {bool: "true or false", int: "an int", float: "a float", str: "a string", dict: "a dict"}
 
 
 def cast(name: str, value, kind):
-    """Return `value` as a `kind`: bool, int, float or str, any of these `| None`, or a
-    `tuple[one of these, ...]`. Text is read as its kind; of the rest only an int is bent, to a
-    float. Raises ConfigError."""
+    """Return `value` as a `kind`: bool, int, float, str or dict, any of these `| None`, or a
+    `tuple[one of these, ...]`. Text is read as its kind; otherwise only int -> float is converted.
+    Raise ConfigError."""
     text = value.strip().lower() if isinstance(value, str) else None
     if NoneType in get_args(kind):  # X | None
         if value is None or text in NOTHING:
             return None
         kind = get_args(kind)[0]
     if get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if items == [""]:  # `--name=` empties it
+            return ()
         return tuple(cast(name, item, get_args(kind)[0]) for item in items)
     if kind is bool:
         value = WORDS.get(text, value)
-    elif kind is not str and text is not None:
+    elif kind in (int, float) and text is not None:
         with contextlib.suppress(ValueError):  # it stays text, which is refused below
             value = kind(text)
     if type(value) is int and value.bit_length() > 63:
-        raise ConfigError(f"{name}: expected a number below 2**63")
+        raise ConfigError(f"{name}: expected a number below 2**63", name)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -217,75 +216,47 @@ def cast(name: str, value, kind):
     return value
 
 
+def kinds_of(cls) -> dict:
+    """Return the type of each setting, {name: type}, inherited ones included."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
 # ---------------------------------------------------------------------------------------------
 # Config files. A reader yields (line, name, value), and raises its own format's error.
 
-LARGEST = 100_000  # characters; a longer file is no config
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+LARGEST = 100_000  # characters; a longer file is not a config
+LITERAL = "expected a plain value such as 5, 'text', True or [1, 2]; write no names or arithmetic"
 
 
 def read_py(text: str):
+    """Read `name = literal` lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # makes "\d" a SyntaxError, not a second line on stderr
         tree = ast.parse(text)
-    names = {}
     for node in tree.body:
+        where = (None, node.lineno, None, None)
         match node:
             case ast.Expr(value=ast.Constant(value=str())):
                 pass  # a docstring
             case ast.Assign(targets=[ast.Name(id=name)]):
-                names[name] = evaluate(node.value, names)
-                yield node.lineno, name, names[name]
+                try:
+                    yield node.lineno, name, ast.literal_eval(node.value)
+                except (ValueError, TypeError):  # the latter of {[]}
+                    raise SyntaxError(f"{name}: {LITERAL}", where) from None
             case _:
-                raise at(node, "expected `name = value`")
-
-
-def evaluate(node: ast.expr, names: dict):
-    """The value of a literal, a list, a name assigned above, or arithmetic on these."""
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [evaluate(item, names) for item in items]
-        case ast.Name(id=name):
-            if name not in names:
-                raise at(node, f"`{name}` is not assigned above")
-            return names[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            left, op, right = 0, operator.sub, evaluate(operand, names)
-        case ast.BinOp(op=op) if type(op) in OPERATORS:
-            left, right = evaluate(node.left, names), evaluate(node.right, names)
-            op = OPERATORS[type(op)]
-        case _:
-            raise at(node, "expected a literal, arithmetic, or a name assigned above")
-    # Bounded operands bound the time and memory of what the next line does: 9**9**9 would hang.
-    if not all(type(x) in (int, float) and abs(x) < 2**63 for x in (left, right)):
-        raise at(node, "arithmetic takes numbers below 2**63")
-    if op is operator.pow and abs(right) > 64:
-        raise at(node, "exponents go up to 64")
-    try:
-        return op(left, right)
-    except ArithmeticError as error:
-        raise at(node, str(error)) from None
-
-
-def at(node: ast.AST, problem: str) -> SyntaxError:
-    return SyntaxError(problem, (None, node.lineno, None, None))
+                raise SyntaxError("expected `name = value`", where)
 
 
 def read_yaml(text: str):
-    # Composed, not constructed: a scalar stays the text that was written and its setting gives
-    # it a type, so `1e-3` is a float and `dataset: no` a name. Tags outside YAML's own are refused.
-    def check(node, kind):
-        if not isinstance(node, kind) or node.tag not in yaml.SafeLoader.yaml_constructors:
+    """Read `name: value` lines, with or without one level of headings above them.
+
+    YAML is composed, not constructed: a value stays the text that was written and its setting
+    gives it a type, so `1e-3` is a float and `dataset: no` a name. Custom tags are refused.
+    """
+
+    def check(node, node_type):
+        if not isinstance(node, node_type) or node.tag not in yaml.SafeLoader.yaml_constructors:
             raise yaml.MarkedYAMLError(None, None, "expected `name: value`", node.start_mark)
         return node
 
@@ -298,13 +269,13 @@ def read_yaml(text: str):
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     for key, node in check(root, yaml.MappingNode).value if root else ():
         check(key, yaml.ScalarNode)
-        group = isinstance(node, yaml.MappingNode)  # the key is a heading then
-        for name, value in check(node, yaml.MappingNode).value if group else [(key, node)]:
+        heading = isinstance(node, yaml.MappingNode)
+        for name, value in check(node, yaml.MappingNode).value if heading else [(key, node)]:
             yield name.start_mark.line + 1, check(name, yaml.ScalarNode).value, value_of(value)
 
 
 def read_file(path: str):
-    """Yield (where, name, value) for each setting in a config file. Raises ConfigError."""
+    """Yield (where, name, value) for each setting in a config file. Raise ConfigError."""
     read = {".py": read_py, ".yaml": read_yaml, ".yml": read_yaml}.get(Path(path).suffix)
     if not read:
         raise ConfigError(f"`{path}` is neither a config file (.py .yaml .yml) nor a --flag")
@@ -321,12 +292,8 @@ def read_file(path: str):
                 raise ConfigError(f"{path}:{line}: `{name}` was set on line {lines[name]}")
             lines[name] = line
             yield f"{path}:{line}: ", name, value
-    except ConfigError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, OverflowError) as error:  # not UTF-8, a NUL, or an escape beyond Unicode
-        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError, OverflowError) as error:  # the others: not text, or no Unicode
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno or 1}: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
@@ -339,121 +306,122 @@ def read_file(path: str):
 
 
 # ---------------------------------------------------------------------------------------------
-# From the command line, or a checkpoint, to settings.
+# From the command line, or a checkpoint, to settings
 
 
-def configure(cls, argv: list[str], usage: str = "", files: bool = True):
+def configure(cls, argv: list[str], usage: str = "", files: bool = True, positional: str = ""):
     """Return the settings dataclass `cls` as the config files and flags in `argv` set it.
 
     Flags are `--key=value` or `--key value`, a bare `--key` for a bool, `--key a b c` for a tuple.
-    With `files=False` there are flags only. A mistake prints one line to stderr and exits with
-    status 2; `--help` or `-h` prints `usage` and the settings, and exits with 0.
+    Arguments without dashes are config files. With `files=False` there are none. `positional`
+    names settings that such arguments set instead, in order; a tuple takes all that are left.
+
+    A mistake prints one line to stderr and exits with status 2; `--help` or `-h` prints `usage`
+    and the settings, and exits with 0.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, usage))
         raise SystemExit(0)
     try:
-        paths, flags = read_flags(cls, argv)
-        if paths and not files:
-            raise ConfigError(f"`{paths[0]}` is not a --flag, and config files are not taken here")
+        paths, flags = read_flags(cls, argv, positional.split())
+        if paths and (positional or not files):
+            accepted = " and ".join([*positional.upper().split(), "--flags"])
+            raise ConfigError(f"this script takes only {accepted}, not `{paths[0]}`")
         return build(cls, [*(setting for path in paths for setting in read_file(path)), *flags])
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def kinds_of(cls) -> dict:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
-
-
-def read_flags(cls, argv: list[str]) -> tuple[list, list]:
-    """Return the arguments that are not flags, and ("--", name, value) for each flag."""
-    kinds, args, paths, flags, many = kinds_of(cls), list(argv), [], [], {}
+def read_flags(cls, argv: list[str], positional=()) -> tuple[list, list]:
+    """Return the arguments that set nothing, and ("--", name, value) for those that do."""
+    kinds = kinds_of(cls)
+    args = list(argv)
+    rest, flags = [], []
+    lists = {}  # tuple setting -> its values so far: given again, it grows
     while args:
         arg = args.pop(0)
+        if positional and not arg.startswith("-"):
+            arg = f"--{positional[0]}={arg}"
+            if get_origin(kinds[positional[0]]) is not tuple:
+                positional = positional[1:]
         if not arg.startswith("--"):
-            paths.append(arg)
+            rest.append(arg)
             continue
         name, equals, value = arg[2:].partition("=")
-        kind = kinds.get(name)
-        following = list(takewhile(lambda arg: not arg.startswith("--"), args))
-        if get_origin(kind) is tuple:  # takes all that follow; given again, it grows
-            taken = [] if equals else following
-            many[name] = many.get(name, []) + ([value] if equals else taken)
-            value = many[name] or None
-        elif equals:
-            taken = []
-        elif bool in (kind, *get_args(kind)):  # bare, unless a word that a bool reads follows
-            taken = [arg for arg in following[:1] if arg.lower() in (*WORDS, *NOTHING)]
-            value = taken[0] if taken else True
-        else:
-            taken = following[:1]
-            value = taken[0] if taken else None
-        del args[: len(taken)]
-        flags.append(("--", name, value))
-    return paths, flags
+        values = [value] if equals else take_values(kinds.get(name), args)
+        if get_origin(kinds.get(name)) is tuple:
+            lists[name] = lists.get(name, []) + values
+            values = [lists[name]]
+        flags.append(("--", name, values[0]))
+    return rest, flags
 
 
-def build(cls, settings):
-    """Make a `cls` of (where, name, value)s, the last of a name winning. Raises ConfigError, which
-    opens with `where`: a file and line, a checkpoint, or the dashes of a flag."""
-    kinds, values, origin = kinds_of(cls), {}, {}
+def take_values(kind, args: list[str]) -> list:
+    """Remove the values of a flag without `=` from the arguments that follow it. Return them."""
+    values = list(takewhile(lambda arg: not arg.startswith("--"), args))
+    if get_origin(kind) is not tuple:
+        values = values[:1]
+        if bool in (kind, *get_args(kind)):
+            values = [value for value in values if value.lower() in (*WORDS, *NOTHING)]
+            if not values:
+                return [True]  # a bare --flag, whatever follows
+    del args[: len(values)]
+    return values or [None]
+
+
+def build(cls, settings, source: str = "--"):
+    """Return a `cls` made of (where, name, value) settings; the last one of a name wins.
+
+    Raise ConfigError. It opens with `where`: a file and line, a checkpoint, or a flag's dashes;
+    with `source` if a setting without a default is missing.
+    """
+    kinds = kinds_of(cls)
+    values, origin = {}, {}
     for where, name, value in settings:
         if name not in kinds:
-            dashes, place = ("--", "") if where == "--" else ("", where)
+            dashes = "--" if where == "--" else ""
             close = difflib.get_close_matches(str(name)[:60], kinds, 1)
-            hint = f", did you mean `{dashes}{close[0]}`?" if close else ""
-            raise ConfigError(f"{place}no setting `{dashes}{name}`{hint}")
+            hint = "".join(f", did you mean `{dashes}{match}`?" for match in close)
+            raise ConfigError(f"{where}{name}: no such setting{hint}")
         try:
-            values[name], origin[name] = cast(name, value, kinds[name]), where
+            values[name] = cast(name, value, kinds[name])
         except ConfigError as error:
-            raise ConfigError(f"{where}{error}") from None
+            raise ConfigError(f"{where}{error}", name) from None
+        origin[name] = where
     for field in fields(cls):
-        if field.name not in values and field.default is field.default_factory is MISSING:
-            raise ConfigError(f"--{field.name}: has no default, so give it")
+        required = field.default is field.default_factory is MISSING
+        if required and values.get(field.name, ()) == ():
+            raise ConfigError(f"{source}{field.name} is required", field.name)
     try:
         return cls(**values)
-    except ValueError as error:  # from its __post_init__
-        name = re.match(r"\w*", str(error))[0]
-        raise ConfigError(f"{origin.get(name, '')}{error}") from None
-
-
-def help_text(cls, usage: str = "") -> str:
-    """`usage`, and the settings as they stand in the source of `cls`, comments and all."""
-    lines = textwrap.dedent(inspect.getsource(cls)).splitlines()
-    lines = takewhile(lambda line: not re.match(r" +(def |@)", line), lines)
-    lines = [line.strip() for line in lines if re.match(r"    (# |\w+: )", line)]
-    pairs = [line.partition("  # ") for line in lines]
-    lines = [f"{left:<36}  # {text}" if text else left for left, _, text in pairs]
-    lines = [f"\n{line}" if line.startswith("# -- ") else line for line in lines]
-    return "\n".join([usage.strip(), "\nSettings, each set by --name=value:", *lines]).strip()
+    except ConfigError as error:  # from its __post_init__
+        raise ConfigError(f"{origin.get(error.name, '')}{error}", error.name) from None
 
 
 def from_dict(cls, d: dict, where: str):
-    """Return the settings of which the file `where` holds the `asdict`. Those missing keep their
+    """Return the settings whose `asdict` is stored in the file `where`. Missing ones keep their
     defaults; unknown or ill-typed ones raise ConfigError."""
     if not isinstance(d, dict):
         raise ConfigError(f"{where}: expected a dict of settings")
-    return build(cls, [(f"{where}: ", name, value) for name, value in d.items()])
+    where = f"{where}: "
+    return build(cls, [(where, name, value) for name, value in d.items()], where)
 
 
-# ---------------------------------------------------------------------------------------------
-
-
-def run(main, *args):
-    """Call `main(*args)`, as every script does. A user's mistake, a full disk or a file that will
-    not open is one line and exit status 1; Ctrl-C is 130; all else is a bug, with its traceback."""
-    try:
-        return main(*args)
-    except UserError as error:
-        line, status = error, 1
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a write to a full disk does not name its file
-        name = "" if error.filename is None else f"{error.filename}: "
-        line, status = UserError(f"{name}{error.strerror}"), 1
-    print(line, file=sys.stderr)
-    raise SystemExit(status)
+def help_text(cls, usage: str = "") -> str:
+    """Return `usage` and the settings as the sources of `cls` and of its bases show them."""
+    shown = {}  # name of a setting, or a comment -> its line; a class comes before its bases
+    for base in filter(is_dataclass, cls.__mro__):
+        source = textwrap.dedent(inspect.getsource(base)).splitlines()
+        for line in takewhile(lambda line: not re.match(r" +(def |@)", line), source):
+            if re.match(r"    (# |\w+: )", line):
+                shown.setdefault(line.partition(":")[0], line.strip())
+    lines = [usage.strip(), "\nSettings, each set by --name=value:"]
+    for line in shown.values():
+        setting, _, comment = line.partition("  # ")
+        if line.startswith("# -- "):
+            line = f"\n{line}"
+        elif comment:
+            line = f"{setting:<36}  # {comment}"
+        lines.append(line)
+    return "\n".join(lines).strip()

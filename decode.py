@@ -1,286 +1,397 @@
 """Decoding: greedy, sampling and beam search over the model's key/value cache.
 
+    model, tokenizer, _ = load_captioner("out/coco/ckpt.pt")
     captions = generate(model, embeddings, tokenizer, Decoding(method="beam", beams=5))
-    captions[i][0].ids                                  # the best caption of image i
+    tokenizer.decode(captions[i][0].ids)                # the best caption of image i
 
-An image's prefix is computed once and shared by its K samples or beams; a step feeds one token a
-row; what has ended leaves the batch, so that work follows the captions still being written. What
-an image gets does not depend on what else is in its batch.
+An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
+per row. Finished captions leave the batch. What an image gets does not depend on its batch.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from configurator import UserError
+from configurator import ConfigError, from_dict, one_of, refuse, within
+from data import Meta, Tokenizer
+from model import ClipLM, KeyValue, ModelConfig
+from parts import checkpoint
+from parts.common import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Settings and results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How captions are chosen. Lengths are in tokens; a prompt's count, the end token does not."""
+    """How captions are chosen. A prompt counts towards the lengths, the end token does not."""
 
-    method: str = "greedy"  # greedy, sample or beam
-    n_best: int = 1  # captions an image: its best beams, or independent samples
-    beams: int = 5  # beam: hypotheses kept per image
-    length_penalty: float = 0.0  # beam: a hypothesis scores log p / length ** length_penalty
+    # -- decoding -------------------------------------------------------------------------
+    method: str = "greedy"  # greedy, sample (temperature, top-k, top-p) or beam
+    n_best: int = 1  # captions per image: its best beams, or independent samples
+    beams: int = 5  # beam: partial captions kept per image
+    length_penalty: float = 0.0  # beam: a caption scores log p / length ** length_penalty
     temperature: float = 1.0  # sample: below 1 sharpens, above 1 flattens
-    top_k: int = 0  # sample: only from the k likeliest tokens, 0 = all
-    top_p: float = 1.0  # sample: only from the likeliest that together reach p
-    min_len: int = 1
-    max_len: int = 40
-    no_repeat_ngram: int = 0  # no n tokens in a row occur twice, 0 = off
-    seed: int = 0  # sample: of all draws
+    top_k: int = 0  # sample: only from the k most likely tokens, 0 = all
+    top_p: float = 1.0  # sample: only from the most likely tokens that together reach p
+    min_len: int = 1  # minimum caption length in tokens
+    max_len: int = 0  # maximum caption length in tokens; 0: what fits the model, at most 40
+    no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice, 0 = off
+    seed: int = 0  # of sampling
 
     def __post_init__(self):
-        def need(ok: bool, what: str) -> None:
-            if not ok:
-                raise UserError(f"decoding: {what}")
-
-        known = self.method in ("greedy", "sample", "beam")
-        need(known, f"method={self.method} is none of greedy, sample (top-k and top-p too), beam")
-        need(1 <= self.beams <= 1000, f"beams={self.beams} is not in 1..1000")
-        need(1 <= self.n_best <= 1000, f"n_best={self.n_best} is not in 1..1000")
+        one_of(self, "method", "greedy sample beam")
+        within(self, "beams n_best", 1, 1000)
+        within(self, "length_penalty", -10, 10)
+        within(self, "temperature", 0)
+        within(self, "top_p", 0, 1)
+        within(self, "top_k no_repeat_ngram min_len max_len", 0)
+        within(self, "seed", 0, 2**32 - 1)
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) == 0:
+                refuse(name, "a number above 0", 0)
         most = {"greedy": 1, "beam": self.beams}.get(self.method, self.n_best)
-        need(self.n_best <= most, f"n_best={self.n_best}, but {self.method} finds only {most}")
-        need(abs(self.length_penalty) <= 10, f"length_penalty={self.length_penalty} is beyond 10")
-        need(0 < self.temperature < math.inf, f"temperature={self.temperature} is not above 0")
-        need(0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]")
-        need(self.top_k >= 0, f"top_k={self.top_k} is negative")
-        need(self.no_repeat_ngram >= 0, f"no_repeat_ngram={self.no_repeat_ngram} is negative")
-        need(self.max_len >= 1, f"max_len={self.max_len} is not positive")
-        within = f"min_len={self.min_len} is not in 0..max_len={self.max_len}"
-        need(0 <= self.min_len <= self.max_len, within)
-        need(0 <= self.seed < 2**32, f"seed={self.seed} is not in 0..2**32 - 1")
-        filters = self.temperature, self.top_k, self.top_p
-        idle = self.method != "sample" and filters != (1, 0, 1)
-        need(not idle, f"temperature, top_k and top_p do nothing to {self.method}: method=sample")
-        idle = self.method != "beam" and (self.beams, self.length_penalty) != (5, 0)
-        need(not idle, f"beams and length_penalty do nothing to {self.method}: method=beam")
+        if self.n_best > most:
+            refuse("n_best", f"at most {most} with --method={self.method}", self.n_best)
+        if self.min_len > self.max_len > 0:
+            refuse("min_len", f"at most max_len={self.max_len}", self.min_len)
+        for method, names in {
+            "sample": ("temperature", "top_k", "top_p"),
+            "beam": ("beams", "length_penalty"),
+        }.items():
+            for name in names:
+                if self.method != method and getattr(self, name) != getattr(Decoding, name):
+                    raise ConfigError(f"{name}: does nothing without --method={method}", name)
 
 
 class Caption(NamedTuple):
-    """What was found. The probabilities are the model's own, before any temperature or filter."""
+    """A caption. Its probabilities are the model's own, before any temperature or filter."""
 
-    ids: list[int]  # prompt included; bos and eos not
-    logprob: float  # of what follows the prompt, eos included unless max_len came before it
+    ids: list[int]  # with the prompt, without bos and eos
+    logprob: float  # of what follows the prompt, and of eos unless max_len came first
     logprobs: list[float]  # each token's share of it
 
 
-# ---------------------------------------------------------------------------------------------
-# What may come next
+def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
+    """Return the model of a checkpoint, in eval mode, its tokenizer, and the whole content.
 
-
-def forbid(logits, written, ids, cfg: Decoding) -> None:
-    """Puts logits (N, V) to -inf where a token may not follow `written`, (N, t) ids after bos."""
-    t, n = written.size(1), cfg.no_repeat_ngram
-    logits[:, [ids.pad, ids.bos, ids.unk]] = -math.inf
-    if n and t >= n:
-        grams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
-        seen = (grams[..., :-1] == written[:, None, t - n + 1 :]).all(-1)  # same n - 1 before?
-        rows, at = seen.nonzero(as_tuple=True)
-        logits[rows, grams[rows, at, -1]] = -math.inf
-    if t < cfg.min_len:
-        others = logits.index_fill(1, torch.tensor(ids.eos, device=logits.device), -math.inf)
-        stuck = others.amax(-1, keepdim=True) == -math.inf  # a row that can only end, may
-        logits.copy_(torch.where(stuck, logits, others))
-
-
-def draw(logits, uniform, cfg: Decoding):
-    """A token id (N,) for each row of logits, by inverting its distribution at uniform (N,).
-
-    Temperature first, then the filters top-k (Fan et al. 2018, arXiv:1805.04833) and top-p
-    (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
+    Raises UserError if the file is not a checkpoint or its parts do not fit each other.
     """
-    below = logits - logits.amax(-1, keepdim=True)  # that a temperature near 0 overflows nothing
-    p, order = torch.softmax(below / cfg.temperature, -1), None
-    if cfg.top_k or cfg.top_p < 1:
-        p, order = p.topk(min(cfg.top_k or p.size(1), p.size(1)))  # likeliest first
-        before = p.cumsum(-1) - p  # the token that crosses top_p stays
-        p[before >= cfg.top_p * p.sum(-1, keepdim=True)] = 0
-    cdf = p.to(uniform).cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).to(logits.device)
-    return (token if order is None else order.gather(-1, token))[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------
-# What all strategies share
-
-
-def start(model, embeddings, ids, prompt: list[int], K: int):
-    """Feeds prefix, bos and prompt. Returns the prefix, and logits (B, V) and cache after it. With
-    one row an image there is nothing to share: the cache begins with the prefix, which is None."""
-    prefix, cache = model.prefill(embeddings), None
-    if K == 1:
-        prefix, cache = None, prefix
-    for position, token in enumerate([ids.bos, *prompt]):
-        tokens = torch.full((len(embeddings),), token, device=embeddings.device)
-        logits, cache = model.step(tokens, position, prefix, cache)
-    return prefix, logits, cache
-
-
-def take(pairs, rows):
-    """The given rows of each layer's (k, v)."""
-    return pairs and [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
-
-
-def as_captions(written, shares, ids, prompt: list[int]) -> list[Caption]:
-    """From rows of L ids, filled up with eos, and the log p of each id."""
-    captions = []
-    for row, logprobs in zip(written.tolist(), shares.tolist(), strict=True):
-        length = row.index(ids.eos) if ids.eos in row else len(row)
-        logprobs = logprobs[len(prompt) : length + 1]
-        captions.append(Caption(row[:length], math.fsum(logprobs), logprobs))
-    return captions
-
-
-# ---------------------------------------------------------------------------------------------
-# One token after the other: greedy and sampling
-
-
-def follow(model, embeddings, ids, cfg: Decoding, prompt: list[int], numbers) -> list:
-    """The greedy caption, or `n_best` independent samples, of each image."""
-    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
-    N = B * n  # results; what goes to one more, row N, is to be ignored
-    written = torch.full((N + 1, L), ids.eos, device=device)
-    written[:, : len(prompt)] = torch.tensor(prompt, device=device)
-    shares = torch.zeros(N + 1, L, device=device)  # log p of each token
-    if cfg.method == "sample":  # an image's draws depend on the seed and on its number alone
-        generators = [torch.Generator().manual_seed(cfg.seed * 1_000_003 + i) for i in numbers]
-        draws = [torch.rand(n, L, generator=g) for g in generators]
-        uniform = torch.cat([*draws, torch.zeros(1, L)]).double()  # (N + 1, L)
-        uniform = uniform if device.type == "mps" else uniform.to(device)  # MPS has no float64
-
-    prefix, logits, cache = start(model, embeddings, ids, prompt, n)
-    slot = torch.arange(N, device=device).view(B, n)  # (G, K): the result that each row writes
-    rows = slot.flatten() // n
-    if n > 1:
-        logits, cache = logits[rows], take(cache, rows)
-    for t in range(len(prompt), L):
-        at, logp = slot.flatten(), torch.log_softmax(logits.float(), -1)  # (G * K,), (G * K, V)
-        forbid(logp, written[at, :t], ids, cfg)
-        if cfg.method == "sample":
-            token = draw(logp, uniform[at.to(uniform.device), t], cfg)
-        else:
-            token = logp.argmax(-1)
-        written[at, t] = token
-        shares[at, t] = logp.gather(1, token[:, None])[:, 0]
-
-        # -- who goes on: images with a caption unfinished, as many rows each as the busiest needs
-        slot = slot.masked_fill(token.view_as(slot) == ids.eos, N)
-        on = slot < N
-        (G, K), width, images = slot.shape, on.sum(1).amax().item(), on.any(1).nonzero()[:, 0]
-        if width == 0 or t + 1 == L:
-            break
-        if len(images) < G or width < K:
-            order = slot[images].argsort(1)[:, :width]  # the finished are last, as N is
-            slot = slot[images].gather(1, order)
-            rows = (images[:, None] * K + order).flatten()
-            token, cache = token[rows], take(cache, rows)
-            prefix = take(prefix, images) if len(images) < G else prefix
-        logits, cache = model.step(token, t + 1, prefix, cache)
-    captions = as_captions(written[:N], shares[:N], ids, prompt)
-    return [captions[i : i + n] for i in range(0, N, n)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Beam search
-
-
-def beam_search(model, embeddings, ids, cfg: Decoding, prompt: list[int]) -> list:
-    """The `n_best` hypotheses of each image, best first.
-
-    Each image has K beams, captions begun. A step extends each of them by every token and ranks
-    the K * V extensions by log p. Of the first K, those that end are finished; the first K of
-    those that go on are the next beams, and 2K are looked at, since no more than K can end. An
-    image is done when none of its beams can still be among its n_best: log p only falls as a
-    caption grows, so a beam's score is at most what it would be at the longest length.
-    """
-    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
-    best = torch.full((B, n), -math.inf, device=device)  # scores of the finished, best first,
-    best_written = torch.full((B, n, L), ids.eos, device=device)  # their ids,
-    best_shares = torch.zeros(B, n, L, device=device)  # and log p of each id
-
-    prefix, logits, cache = start(model, embeddings, ids, prompt, cfg.beams)
-    alive = torch.arange(B, device=device)  # (G,) the images that are not done
-    total = torch.zeros(B, 1, device=device)  # (G, K) log p of each beam; K is 1 at first
-    written = torch.full((B, 1, L), ids.eos, device=device)  # (G, K, L)
-    written[..., : len(prompt)] = torch.tensor(prompt, device=device)
-    shares = torch.zeros(B, 1, L, device=device)  # (G, K, L)
-    for t in range(len(prompt), L):
-        # -- extend every beam by every token
-        (G, K), V = total.shape, logits.size(-1)
-        logp = torch.log_softmax(logits.float(), -1)  # (G * K, V)
-        forbid(logp, written.flatten(0, 1)[:, :t], ids, cfg)
-        logp = logp.view(G, K * V)
-        ranked = logp + total.repeat_interleave(V, 1)
-        total, flat = ranked.topk(min(2 * cfg.beams, K * V))  # (G, 2K)
-        parent, token = flat // V, flat % V
-        written, shares = (x.take_along_dim(parent[..., None], 1) for x in (written, shares))
-        written[..., t], shares[..., t] = token, logp.gather(1, flat)
-
-        # -- keep the best of those finished: by their end, or cut off at max_len
-        over = (token == ids.eos) | (t + 1 == L)
-        length, longest = t + 1 - len(prompt), L - len(prompt)  # eos counts here
-        score = (total / length**cfg.length_penalty).masked_fill(~over, -math.inf)
-        best[alive], at = torch.cat((best[alive], score[:, : cfg.beams]), 1).topk(n)
-        for kept, new in ((best_written, written), (best_shares, shares)):
-            both = torch.cat((kept[alive], new[:, : cfg.beams]), 1)
-            kept[alive] = both.take_along_dim(at[..., None], 1)
-
-        # -- go on with the best of the others, in the images that are not done
-        total, at = total.masked_fill(over, -math.inf).topk(min(cfg.beams, total.size(1)))
-        bound = total[:, 0] / max(length**cfg.length_penalty, longest**cfg.length_penalty)
-        on = (bound > best[alive, -1]).nonzero()[:, 0]
-        if not len(on):
-            break
-        alive, total, at = alive[on], total[on], at[on]
-        written, shares = (x[on].take_along_dim(at[..., None], 1) for x in (written, shares))
-        rows = on[:, None] * K + parent[on].gather(1, at)  # of the batch that was, (G, K)
-        cache, prefix = take(cache, rows.flatten()), take(prefix, on) if len(on) < G else prefix
-        logits, cache = model.step(written[..., t].flatten(), t + 1, prefix, cache)
-    captions = as_captions(best_written.flatten(0, 1), best_shares.flatten(0, 1), ids, prompt)
-    found = (best > -math.inf).sum(1).tolist()  # a small vocabulary may have less than n
-    return [captions[i * n : i * n + k] for i, k in enumerate(found)]
-
-
-# ---------------------------------------------------------------------------------------------
+    content = checkpoint.load(path)
+    meta = Meta.from_dict(content["meta"], f"{path}: meta")
+    model_bytes = content["tokenizer"].numpy().tobytes()
+    tokenizer = Tokenizer(model_bytes, meta.lowercase, f"the tokenizer in {path}")
+    cfg = from_dict(ModelConfig, content["model_config"], f"{path}: model_config")
+    if len(tokenizer) != cfg.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} ids, the model {cfg.vocab_size}"
+        )
+    model = ClipLM(cfg)
+    checkpoint.fill(model, content["model"], path)
+    return model.eval(), tokenizer, content
 
 
 @torch.inference_mode()
 def generate(
-    model, embeddings, tokenizer, cfg: Decoding, prompt: str = "", numbers=None
-) -> list[list[Caption]]:
-    """The captions of each image: up to `n_best` for each row of `embeddings`, the best first.
+    model: ClipLM, embeddings: Tensor, tokenizer: Tokenizer, cfg: Decoding, prompt: str = "",
+    numbers=None,
+) -> list[list[Caption]]:  # fmt: skip
+    """Return up to `n_best` captions of each image, best first.
 
     Args:
         model: anything with `prefill` and `step` as ClipLM has them, in eval mode.
         embeddings: (B, n_positions, D).
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
-        numbers: a number for each image, on which its draws depend; by default its place.
+        numbers: a number for each image, on which its samples depend; by default 0 to B - 1.
 
-    Raises UserError where prompt or lengths do not fit the model's block.
+    Raises UserError if the prompt or max_len does not fit the model's block.
     """
-    ids = tokenizer.encode(prompt) if prompt else []
+    prompt_ids = tokenizer.encode(prompt) if prompt else []
     room = model.cfg.block_size - model.cfg.prefix_length
-    if tokenizer.unk in ids:
-        raise UserError(f"decoding: the prompt `{prompt}` has characters that no caption had")
+    if tokenizer.unk in prompt_ids:
+        raise UserError(f"the prompt `{prompt}` contains characters the tokenizer has never seen")
+    if cfg.max_len == 0:
+        cfg = replace(cfg, max_len=min(40, room))
     if cfg.max_len > room:
+        raise UserError(f"max_len={cfg.max_len} exceeds the {room} tokens that block_size leaves")
+    if len(prompt_ids) >= cfg.max_len:
         raise UserError(
-            f"decoding: max_len={cfg.max_len} exceeds the {room} tokens that block_size leaves"
-        )
-    if len(ids) >= cfg.max_len:
-        raise UserError(
-            f"decoding: the prompt has {len(ids)} tokens, max_len={cfg.max_len} leaves none"
+            f"the prompt has {len(prompt_ids)} tokens, max_len={cfg.max_len} leaves none"
         )
     if cfg.method == "beam":
-        return beam_search(model, embeddings, tokenizer, cfg, ids)
-    numbers = range(len(embeddings)) if numbers is None else numbers
-    return follow(model, embeddings, tokenizer, cfg, ids, numbers)
+        return beam_search(model, embeddings, tokenizer, cfg, prompt_ids)
+    uniform = None
+    if cfg.method == "sample":
+        numbers = range(len(embeddings)) if numbers is None else numbers
+        uniform = uniform_draws(cfg, numbers, embeddings.device)
+    return greedy_or_sample(model, embeddings, tokenizer, cfg, prompt_ids, uniform)
+
+
+# ---------------------------------------------------------------------------------------------
+# One token after the other: greedy and sampling
+
+
+def greedy_or_sample(
+    model, embeddings: Tensor, tokenizer, cfg: Decoding, prompt: list[int], uniform: Tensor | None
+) -> list[list[Caption]]:
+    """Return the greedy caption, or `n_best` independent samples, of each image.
+
+    uniform: a number in [0, 1) for each token to draw (see uniform_draws); None chooses greedily.
+    """
+    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
+    N = B * n  # captions; row N below is a bin for what rows of finished captions write
+    written = torch.full((N + 1, L), tokenizer.eos, device=device)
+    written[:, : len(prompt)] = torch.tensor(prompt, device=device)
+    logprobs = torch.zeros(N + 1, L, device=device)
+    prefix_kv, logits, cache = prefill_prompt(model, embeddings, tokenizer, prompt, K=n)
+    caption = torch.arange(N, device=device).view(B, n)  # (G, K): which one a row writes, or N
+    if n > 1:
+        image = caption.flatten() // n
+        logits, cache = logits[image], select_rows(cache, image)
+    for t in range(len(prompt), L):
+        # -- choose each row's next token
+        row = caption.flatten()  # (G * K,)
+        logp = torch.log_softmax(logits.float(), dim=-1)  # (G * K, V)
+        mask_forbidden(logp, written[row, :t], tokenizer, cfg)
+        if uniform is None:
+            token = logp.argmax(-1)
+        else:
+            token = sample_token(logp, uniform[row.to(uniform.device), t], cfg)
+        written[row, t] = token
+        logprobs[row, t] = logp.gather(1, token[:, None]).squeeze(1)
+
+        # -- drop what is finished
+        caption = caption.masked_fill(token.view_as(caption) == tokenizer.eos, N)
+        if t + 1 == L or bool((caption == N).all()):
+            break
+        images, rows, caption = compact(caption, N)
+        if rows is not None:
+            token, cache = token[rows], select_rows(cache, rows)
+        if images is not None:
+            prefix_kv = select_rows(prefix_kv, images)
+        logits, cache = model.step(token, t + 1, prefix_kv, cache)
+    captions = as_captions(written[:N], logprobs[:N], tokenizer, prompt)
+    return [captions[i : i + n] for i in range(0, N, n)]
+
+
+def compact(caption: Tensor, N: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Drop images whose captions are all finished, and as many rows per image as all can spare.
+
+    caption (G, K) holds the number of the caption that each row writes; N marks a finished one.
+    Every image keeps the same number of rows, so a finished row may stay as a filler. With N = 6:
+
+        0 6     keep images 0 and 2,     0
+        6 6     their rows 0 and 5       5
+        6 5
+
+    Returns the images and the rows to keep (None: all of them), and the new `caption`.
+    """
+    G, K = caption.shape
+    running = caption < N
+    width = int(running.sum(1).amax())
+    images = running.any(1).nonzero()[:, 0]
+    if len(images) == G and width == K:
+        return None, None, caption
+    order = caption[images].argsort(1)[:, :width]  # finished rows come last: N is the largest
+    rows = (images[:, None] * K + order).flatten()
+    caption = caption[images].gather(1, order)
+    if len(images) == G:
+        return None, rows, caption
+    return images, rows, caption
+
+
+def uniform_draws(cfg: Decoding, numbers, device: torch.device) -> Tensor:
+    """Return (N + 1, L) uniform numbers in float64, L for each caption and for the bin.
+
+    An image's depend on the seed and its number alone, not on its batch.
+    """
+    draws = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + number)
+        draws.append(torch.rand(cfg.n_best, cfg.max_len, generator=generator))
+    draws.append(torch.zeros(1, cfg.max_len))
+    uniform = torch.cat(draws).double()
+    if device.type == "mps":  # it has no float64
+        return uniform
+    return uniform.to(device)
+
+
+def sample_token(logits: Tensor, uniform: Tensor, cfg: Decoding) -> Tensor:
+    """Draw a token id (N,) for each row of logits, by inverting its distribution at uniform (N,).
+
+    Temperature first, then the filters top-k (Fan et al. 2018, arXiv:1805.04833) and top-p
+    (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)  # a temperature near 0 cannot overflow
+    p = torch.softmax(shifted / cfg.temperature, dim=-1)
+    order = None
+    if cfg.top_k or cfg.top_p < 1:
+        k = min(cfg.top_k or p.size(1), p.size(1))
+        p, order = p.topk(k)  # the most likely first
+        before = p.cumsum(-1) - p  # so that the token that crosses top_p stays
+        p[before >= cfg.top_p * p.sum(-1, keepdim=True)] = 0
+    cdf = p.to(uniform).cumsum(-1)
+    target = uniform[:, None] * cdf[:, -1:]
+    token = torch.searchsorted(cdf, target, right=True).to(logits.device)
+    if order is not None:
+        token = order.gather(-1, token)
+    return token[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Beam search
+
+
+def beam_search(
+    model, embeddings: Tensor, tokenizer, cfg: Decoding, prompt: list[int]
+) -> list[list[Caption]]:
+    """Return the `n_best` captions of each image, best first.
+
+    Each image has K beams, partial captions. A step extends each beam by every token and ranks
+    the K * V extensions by log p. Of the first K, those that end are finished; the first K that do
+    not end are the next beams, and looking at 2K suffices, since at most K can end. An image is
+    done when none of its beams can still be among its n_best: log p only falls as a caption
+    grows, so a beam's score is at most what it would be at the longest length.
+    """
+    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
+    finished = Finished(B, n, L, tokenizer.eos, device)
+    prefix_kv, logits, cache = prefill_prompt(model, embeddings, tokenizer, prompt, cfg.beams)
+    image = torch.arange(B, device=device)  # (G,) the images that are not done
+    total = torch.zeros(B, 1, device=device)  # (G, K) log p of each beam; K is 1 at first
+    written = torch.full((B, 1, L), tokenizer.eos, device=device)  # (G, K, L)
+    written[..., : len(prompt)] = torch.tensor(prompt, device=device)
+    logprobs = torch.zeros_like(written, dtype=torch.float)  # (G, K, L)
+    longest = L - len(prompt)
+    for t in range(len(prompt), L):
+        # -- extend every beam by every token, and keep the best 2K extensions
+        G, K = total.shape
+        V = logits.size(-1)
+        logp = torch.log_softmax(logits.float(), dim=-1)  # (G * K, V)
+        so_far = written[..., :t].flatten(0, 1)
+        mask_forbidden(logp, so_far, tokenizer, cfg)
+        logp = logp.view(G, K * V)
+        extended = logp + total.repeat_interleave(V, dim=1)
+        total, index = extended.topk(min(2 * cfg.beams, K * V))  # (G, 2K)
+        parent = index // V
+        token = index % V
+        written = select_beams(written, parent)
+        logprobs = select_beams(logprobs, parent)
+        written[..., t] = token
+        logprobs[..., t] = logp.gather(1, index)
+
+        # -- those of the first K that end, or are cut off at max_len, are finished
+        ends = (token == tokenizer.eos) | (t + 1 == L)
+        length = t + 1 - len(prompt)  # eos counts
+        score = (total / length**cfg.length_penalty).masked_fill(~ends, -math.inf)
+        candidates = (score, written, logprobs)
+        finished.add(image, *(x[:, : cfg.beams] for x in candidates))
+
+        # -- the best of the others continue, in the images that are not done
+        running = total.masked_fill(ends, -math.inf)
+        total, index = running.topk(min(cfg.beams, running.size(1)))
+        best_length = max(length**cfg.length_penalty, longest**cfg.length_penalty)
+        is_open = total[:, 0] / best_length > finished.score[image, -1]
+        keep = is_open.nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        image, total, index = image[keep], total[keep], index[keep]
+        written = select_beams(written[keep], index)
+        logprobs = select_beams(logprobs[keep], index)
+        row = keep[:, None] * K + parent[keep].gather(1, index)  # (G, K), of the batch before
+        cache = select_rows(cache, row.flatten())
+        if len(keep) < G:
+            prefix_kv = select_rows(prefix_kv, keep)
+        token = written[..., t].flatten()
+        logits, cache = model.step(token, t + 1, prefix_kv, cache)
+    return finished.captions(tokenizer, prompt)
+
+
+class Finished:
+    """The n best finished captions of each of B images, best first."""
+
+    def __init__(self, B: int, n: int, L: int, eos: int, device):
+        self.score = torch.full((B, n), -math.inf, device=device)
+        self.written = torch.full((B, n, L), eos, device=device)
+        self.logprobs = torch.zeros_like(self.written, dtype=torch.float)
+
+    def add(self, image: Tensor, score: Tensor, written: Tensor, logprobs: Tensor) -> None:
+        """Add K captions of each of the images (G,): score (G, K), -inf for one to ignore."""
+        both = torch.cat((self.score[image], score), dim=1)
+        self.score[image], index = both.topk(self.score.size(1))
+        for kept, new in ((self.written, written), (self.logprobs, logprobs)):
+            both = torch.cat((kept[image], new), dim=1)
+            kept[image] = select_beams(both, index)
+
+    def captions(self, tokenizer, prompt: list[int]) -> list[list[Caption]]:
+        n = self.score.size(1)
+        flat = as_captions(
+            self.written.flatten(0, 1), self.logprobs.flatten(0, 1), tokenizer, prompt
+        )
+        counts = (self.score > -math.inf).sum(1).tolist()  # a small vocabulary may have fewer
+        return [flat[i * n : i * n + count] for i, count in enumerate(counts)]
+
+
+# ---------------------------------------------------------------------------------------------
+# What all methods share
+
+
+def prefill_prompt(model, embeddings: Tensor, tokenizer, prompt: list[int], K: int):
+    """Feed prefix, bos and prompt. Return prefix_kv, and logits (B, V) and cache after them.
+
+    K rows of an image share its prefix_kv. A single row has nothing to share, so the cache begins
+    with the prefix and prefix_kv is None: one fused attention instead of two halves.
+    """
+    prefix_kv = model.prefill(embeddings)
+    cache = None
+    if K == 1:
+        cache = prefix_kv
+        prefix_kv = None
+    for position, token in enumerate([tokenizer.bos, *prompt]):
+        tokens = torch.full((len(embeddings),), token, device=embeddings.device)
+        logits, cache = model.step(tokens, position, prefix_kv, cache)
+    return prefix_kv, logits, cache
+
+
+def mask_forbidden(logits: Tensor, written: Tensor, tokenizer, cfg: Decoding) -> None:
+    """Set logits (N, V) to -inf if the token may not follow `written`, (N, t) ids after bos."""
+    t, n = written.size(1), cfg.no_repeat_ngram
+    logits[:, [tokenizer.pad, tokenizer.bos, tokenizer.unk]] = -math.inf
+    if n and t >= n:
+        ngrams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
+        last = written[:, None, t - n + 1 :]  # (N, 1, n - 1): an n-gram that begins so is repeated
+        is_repeated = (ngrams[..., :-1] == last).all(-1)
+        row, start = is_repeated.nonzero(as_tuple=True)
+        logits[row, ngrams[row, start, -1]] = -math.inf
+    if t < cfg.min_len:
+        eos = torch.tensor(tokenizer.eos, device=logits.device)
+        others = logits.index_fill(1, eos, -math.inf)
+        can_only_end = others.amax(-1, keepdim=True) == -math.inf  # such a row may end
+        logits.copy_(torch.where(can_only_end, logits, others))
+
+
+def select_rows(pairs: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | None:
+    """Return the given rows of each layer's keys and values."""
+    if pairs is None:
+        return None
+    return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
+
+
+def select_beams(x: Tensor, index: Tensor) -> Tensor:
+    """Return, for each image of x (G, K, L), the beams index (G, K')."""
+    return x.take_along_dim(index[..., None], dim=1)
+
+
+def as_captions(written: Tensor, logprobs: Tensor, tokenizer, prompt: list[int]) -> list[Caption]:
+    """Return a Caption for each row of L ids, padded with eos, and the log p of each id."""
+    captions = []
+    for ids, shares in zip(written.tolist(), logprobs.tolist(), strict=True):
+        length = ids.index(tokenizer.eos) if tokenizer.eos in ids else len(ids)
+        shares = shares[len(prompt) : length + 1]
+        captions.append(Caption(ids[:length], math.fsum(shares), shares))
+    return captions

@@ -1,11 +1,11 @@
-"""Turns the predictions of sample.py into one HTML page: images, captions, scores, attention.
+"""Turn the predictions of sample.py into one HTML page: images, captions, scores, attention.
 
-    python gallery.py predictions.json                     # gallery.html beside it, all in one file
+    python gallery.py predictions.json                     # gallery.html next to it, in one file
     python gallery.py predictions.json --images=Images     # where to look for the image files
-    python gallery.py predictions.json --external          # thumbnails in a folder beside the page
+    python gallery.py predictions.json --external          # thumbnails in a folder next to the page
 
-Any COCO result file will do. What else an entry may hold, and the page then shows, is in `KINDS`.
-The page itself, with its style and script, is `assets/gallery.html`; here its data are made.
+Any COCO result file will do. What else an entry may hold, and the page then shows, is in `FORMAT`.
+The page with its style and script is `assets/gallery.html`; this file builds its data.
 """
 
 import base64
@@ -22,116 +22,81 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, read_flags, run
+from configurator import configure
+from parts.common import UserError, read_json, run
 
 TEMPLATE = Path(__file__).parent / "assets" / "gallery.html"
 SIDE = 320  # pixels, the longer side of a thumbnail
-SMALL = 40_000  # bytes; a smaller image is shown as it is
+SMALL = 40_000  # bytes; a smaller image is embedded as it is
 
 
 @dataclass(frozen=True)
 class GalleryConfig:
     """Settings of `python gallery.py`."""
 
-    predictions: str  # of sample.py, or any COCO result file; --predictions= may be left out
-    out: str = ""  # the page; empty: gallery.html beside the predictions
-    images: str = ""  # folder in which the images are looked for first
-    external: bool = False  # thumbnails in a folder beside the page, for thousands of images
+    predictions: str  # of sample.py, or any COCO result file; needs no --predictions=
+    out: str = ""  # the page; empty: gallery.html next to the predictions
+    images: str = ""  # folder in which to look for the images first
+    external: bool = False  # thumbnails in a folder next to the page, for thousands of images
     title: str = ""  # of the page; empty: the path of the predictions
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading and checking
+# Checking
 
-
-def text(x) -> bool:
-    return isinstance(x, str)
-
-
-def texts(x) -> bool:
-    return isinstance(x, list) and all(map(text, x))
-
-
-def numbers(x) -> bool:
-    return isinstance(x, list) and all(isinstance(i, int | float) for i in x)
-
-
-def scores(x) -> bool:
-    return isinstance(x, dict) and numbers(list(x.values()))
-
-
-def facts(x) -> bool:
-    return isinstance(x, dict) and texts(x.get("stated")) and texts(x.get("true"))
-
-
-def n_best(x) -> bool:
-    return isinstance(x, list) and all(
-        isinstance(i, dict) and text(i.get("caption")) and numbers([i.get("logprob")]) for i in x
-    )
-
-
-def table(x) -> bool:
-    return isinstance(x, list) and all(map(numbers, x)) and len(set(map(len, x))) <= 1
-
-
-KINDS = {  # of an entry of predictions.json; all but image_id and caption may be absent
-    "image_id": (lambda x: isinstance(x, int | str), "a number or a string"),
-    "caption": (text, "a string"),
-    "file_name": (text, "a string"),
-    "path": (text, "a string"),  # of the image file
-    "references": (texts, "a list of strings"),
-    "tokens": (texts, "a list of strings"),  # the caption's
-    "logprobs": (numbers, "a list of numbers"),  # of each token, in nats, and perhaps of the end
-    "n_best": (n_best, "a list of {caption, logprob}"),
-    "scores": (scores, "a dict of numbers"),  # bleu, rouge_l, cider
-    "facts": (facts, "{stated, true}, two lists of strings"),
-    "attention": (table, "as many numbers for each token"),  # over the P prefix positions
-    "grid": (lambda x: x in range(1000), "a whole number"),  # patches a side, 0 = none
+FORMAT = {  # of an entry of predictions.json; all but image_id and caption may be absent
+    "image_id": int | str,
+    "caption": str,
+    "file_name": str,
+    "path": str,  # of the image file
+    "references": [str],
+    "tokens": [str],  # the caption's
+    "logprobs": [int | float],  # of each token in nats, then perhaps that of the end
+    "n_best": [{"caption": str, "logprob": int | float}],
+    "scores": {str: int | float},  # bleu, rouge_l, cider
+    "facts": {"stated": [str], "true": [str]},
+    "attention": [[int | float]],  # (tokens, prefix positions)
+    "grid": int,  # patches per side, 0 for none
 }
 
 
-def check(predictions, where: str = "predictions") -> None:
-    """Raises UserError, which names the first entry of `predictions` that a page cannot show."""
+def fits(value, form) -> bool:
+    """Return whether a value has a form of FORMAT."""
+    match form:
+        case [item]:
+            return isinstance(value, list) and all(fits(x, item) for x in value)
+        case dict() if str in form:  # whatever the keys
+            return isinstance(value, dict) and all(fits(x, form[str]) for x in value.values())
+        case dict():
+            return isinstance(value, dict) and all(fits(value.get(k), x) for k, x in form.items())
+    too_large = type(value) is int and abs(value) > 1e300  # for a float
+    return isinstance(value, form) and not too_large
+
+
+def check(predictions, path: str = "predictions") -> None:
+    """Raise UserError for the first entry that the page cannot show; `path` is for the message."""
     if not isinstance(predictions, list) or not predictions:
-        raise UserError(f"{where}: expected a list of captions, as sample.py or COCO tools write")
+        raise UserError(f"{path}: expected a list of captions: give a COCO result file")
     for n, entry in enumerate(predictions):
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
-            raise UserError(f"{where}: entry {n} lacks image_id or caption")
-        for name, (fits, expected) in KINDS.items():
-            if name in entry and not fits(entry[name]):
-                raise UserError(f"{where}: entry {n}: expected {name} to be {expected}")
-
-
-def read(path: str) -> list[dict]:
-    """The content of a predictions.json. Raises UserError."""
-    try:
-        predictions = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: `python sample.py` writes it") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    check(predictions, path)
-    return predictions
+            raise UserError(f"{path}: entry {n} lacks image_id or caption: add them")
+        wrong = [k for k, form in FORMAT.items() if k in entry and not fits(entry[k], form)]
+        if not wrong and len({len(row) for row in entry.get("attention", [])}) > 1:
+            wrong = ["attention"]
+        if wrong:
+            raise UserError(f"{path}: entry {n}: {wrong[0]} is malformed: correct or remove it")
 
 
 # ---------------------------------------------------------------------------------------------
-# Images
+# The page's data
 
 SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
-def find(entry: dict, folder: str) -> Path | None:
-    """The image file of an entry: its path or file_name, in `folder` or else from here."""
-    names = [entry[name] for name in ("path", "file_name") if entry.get(name)]
-    tries = [Path(folder) / name for name in names] if folder else []
-    tries += [Path(name) for name in names]
-    return next((path for path in tries if os.path.isfile(path)), None)  # False for any odd name
-
-
 def thumbnail(path: Path) -> tuple[str, bytes] | None:
-    """The kind and bytes of an image of at most SIDE pixels a side, or None where it is broken.
+    """Return the type and bytes of an image of at most SIDE pixels per side, None if it is broken.
 
-    A file that is small, or all files where pillow is missing, are taken as they are.
+    A small file is returned as it is, and so is any file if pillow is not installed.
     """
     content = path.read_bytes()
     kind = next((k for start, k in SIGNATURES.items() if content.startswith(start)), None)
@@ -143,7 +108,7 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
         return kind, content
     try:
         with Image.open(io.BytesIO(content)) as image:
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at no more than it needs
+            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # decode a JPEG at no more than is needed
             image = ImageOps.exif_transpose(image)
             image.thumbnail((SIDE, SIDE))
             kind = "png" if image.has_transparency_data else "jpeg"
@@ -154,39 +119,20 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------
-# The page's data
+def pack_attention(attention: list[list[float]], grid: int | None) -> dict:
+    """Return attention (tokens, P) as one byte per weight, scaled by each token's largest.
 
-
-def finite(value):
-    """`value`, with None for each NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
-
-
-def side_of(P: int) -> int:
-    """Patches a side of P prefix positions that are a grid, with or without a class token; else 0.
-
-    Ten embeddings of a pooled image are not a class token and 3 x 3: such small grids must say so.
+    The P prefix positions are grid x grid patches, perhaps after a class token; grid=0 means that
+    they are not patches, None that P has to tell. It only can from 4 x 4 on: ten embeddings of a
+    pooled image are not a class token and 3 x 3.
     """
-    side = math.isqrt(P)
-    return side if side >= 4 and P - side * side in (0, 1) else 0
-
-
-def packed(attention: list[list[float]], grid: int | None) -> dict:
-    """Attention (tokens, P) as one byte a weight, scaled by each token's largest."""
     weights = np.nan_to_num(np.asarray(attention, np.float64)).clip(0, 1)
     P = weights.shape[1]
     largest = weights.max(1)
     scaled = np.rint(255 * weights / np.maximum(largest, 1e-12)[:, None]).astype(np.uint8)
     if grid is None:
-        grid = side_of(P)
-    elif P - grid * grid not in (0, 1):
+        grid = math.isqrt(P) if P >= 16 else 0
+    if grid < 0 or P - grid * grid not in (0, 1):
         grid = 0
     return {
         "P": P,
@@ -196,20 +142,17 @@ def packed(attention: list[list[float]], grid: int | None) -> dict:
     }
 
 
-def record(entry: dict, image: str) -> dict:
-    """What the page knows of an image; `image` is the address of its picture, or empty."""
-    shown = {name: entry[name] for name in KINDS if entry.get(name) not in (None, [], {}, "")}
-    attention, grid = shown.pop("attention", None), entry.get("grid")
-    if attention and attention[0]:
-        shown["attention"] = packed(attention, grid)
-    return finite(
-        shown | {"image_id": entry["image_id"], "caption": entry["caption"], "src": image}
-    )
-
-
 def embed(data) -> str:
-    """JSON that may stand in a <script>, whatever its strings hold."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # and ASCII, so no U+2028
+    """Return JSON that may stand in a <script>, whatever its strings hold.
+
+    Numbers are rounded to four digits. NaN and infinity, which JSON does not have, become null.
+    """
+    rounded = json.loads(
+        json.dumps(data),
+        parse_float=lambda number: round(float(number), 4),
+        parse_constant=lambda name: None,
+    )
+    text = json.dumps(rounded, separators=(",", ":"), allow_nan=False)  # ASCII, so no U+2028
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -219,34 +162,47 @@ def write(
     predictions: Sequence[dict], path: Path | str, *,
     title: str = "", images_root: Path | str = "", external: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Writes the page of some predictions, entries as in KINDS, to `path`.
+    """Write the page of some predictions, entries as in FORMAT, to `path`.
 
-    Images are looked for in `images_root` first. They become data URIs, or with `external` files
-    in the folder <page>_files, which must stay beside the page.
+    Look for images in `images_root` first. They become data URIs, or with `external` files in the
+    folder <page>_files, which must stay next to the page.
 
-    Returns the names of the images that were not found or are broken; the page shows them without
-    a picture. Raises UserError.
+    Return the names of the images that are missing or broken; the page shows them without a
+    picture. Raise UserError for an entry that cannot be shown.
     """
-    predictions, page = list(predictions), Path(path)
+    predictions = list(predictions)
     check(predictions)
+    page = Path(path)
     folder = page.with_name(f"{page.stem}_files")
     (folder if external else page.parent).mkdir(parents=True, exist_ok=True)
-    records, missing = [], []
+    shown = []
+    missing = []
     for n, entry in enumerate(tqdm(predictions, desc=page.name, unit="image")):
-        found = find(entry, str(images_root))
-        picture, address = found and thumbnail(found), ""
-        if picture and external:
-            name = f"{n:05d}.{picture[0]}"
-            (folder / name).write_bytes(picture[1])
-            address = quote(f"{folder.name}/{name}")
-        elif picture:
-            address = f"data:image/{picture[0]};base64,{base64.b64encode(picture[1]).decode()}"
-        elif entry.get("path") or entry.get("file_name"):
-            missing.append(entry.get("path") or entry["file_name"])
-        records.append(record(entry, address))
+        names = [entry[key] for key in ("path", "file_name") if entry.get(key)]
+        places = [Path(root, name) for root in (images_root, "") for name in names]
+        # os.path.isfile is False for names that Path.is_file refuses
+        image = next((place for place in places if os.path.isfile(place)), None)
+        picture = thumbnail(image) if image else None
+        source = ""
+        if picture:
+            kind, content = picture
+            if external:
+                file = folder / f"{n:05d}.{kind}"
+                file.write_bytes(content)
+                source = quote(f"{folder.name}/{file.name}")
+            else:
+                source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        elif names:
+            missing.append(names[0])
+        record = {key: entry[key] for key in FORMAT if entry.get(key) not in (None, [], {}, "")}
+        record |= {"image_id": entry["image_id"], "caption": entry["caption"], "src": source}
+        attention = record.pop("attention", None)
+        if attention and attention[0]:
+            record["attention"] = pack_attention(attention, entry.get("grid"))
+        shown.append(record)
     head, mark, tail = TEMPLATE.read_text(encoding="utf-8").partition("{{data}}")
     assert mark, "the template has no place for the data"
-    data = embed({"title": title or "Captions", "images": records})
+    data = embed({"title": title or "Captions", "images": shown})
     page.write_text(head + data + tail, encoding="utf-8")
     return missing
 
@@ -256,19 +212,19 @@ def write(
 
 
 def main(cfg: GalleryConfig) -> None:
-    page = Path(cfg.out) if cfg.out else Path(cfg.predictions).with_name("gallery.html")
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: no such folder")
-    missing = write(read(cfg.predictions), page, title=cfg.title or cfg.predictions,
-                    images_root=cfg.images, external=cfg.external)  # fmt: skip
+    predictions = read_json(cfg.predictions, "`python sample.py` writes it")
+    check(predictions, cfg.predictions)
+    page = Path(cfg.out) if cfg.out else Path(cfg.predictions).with_name("gallery.html")
+    title = cfg.title or cfg.predictions
+    missing = write(predictions, page, title=title, images_root=cfg.images, external=cfg.external)
     if missing:
         some = ", ".join(missing[:3])
-        print(f"{len(missing)} images not found or broken, such as {some}", file=sys.stderr)
+        print(f"{len(missing)} images missing or broken, such as {some}", file=sys.stderr)
     print(page)
 
 
 if __name__ == "__main__":
     argv = sys.argv[1:]
-    paths = [] if "-h" in argv else read_flags(GalleryConfig, argv)[0]
-    argv = [f"--predictions={arg}" if arg in paths[:1] else arg for arg in argv]
-    run(main, configure(GalleryConfig, argv, __doc__, files=False))
+    run(main, configure(GalleryConfig, argv, __doc__, files=False, positional="predictions"))

@@ -1,28 +1,28 @@
-"""Draws the curves of training runs from their logs: loss, CIDEr, learning rate, captions/s.
+"""Draw the curves of training runs from their logs: loss, CIDEr, learning rate, captions/s.
 
 pip install -r requirements-plot.txt
-python plot.py out/*/log.jsonl                                  # writes curves.png
+python plot.py out/*/log.jsonl                             # writes curves.png
 python plot.py out/a/log.jsonl out/b/log.jsonl --out=ab.png
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, configure, read_flags, run
+from configurator import configure
+from parts.common import UserError, read_log, run
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     """Settings of `python plot.py`."""
 
-    logs: tuple[str, ...]  # of train.py, one a run; --logs= may be left out
+    logs: tuple[str, ...]  # written by train.py, one per run; --logs= may be left out
     out: str = "curves.png"  # the picture: .png .svg .pdf
 
 
-PANELS = {  # title -> (key in the log, line style, what is said of the line)
+PANELS = {  # title -> (key in the log, line style, label) of each line
     "loss": (("val_loss", "-", "val"), ("loss", ":", "train"), ("shuffled_loss", "--", "shuffled")),
     "CIDEr": (("CIDEr", "-", ""),),
     "learning rate": (("lr", "-", ""),),
@@ -30,37 +30,8 @@ PANELS = {  # title -> (key in the log, line style, what is said of the line)
 }
 
 
-def read(path: str) -> list[dict]:
-    """The rows of a log.jsonl; a last line that a stopped run left torn is dropped. Raises
-    UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: train.py writes it") from None
-    rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["step"], int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if n == len(lines):
-                break
-            raise UserError(f"{path}:{n}: not a line of train.py's log") from None
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} holds no line yet")
-    return rows
-
-
-def curve(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of a figure, which only some rows have."""
-    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def names(paths: list[str]) -> list[str]:
-    """What tells the logs apart: their folders, without what these begin with alike."""
+def run_names(paths: tuple[str, ...]) -> list[str]:
+    """Return what tells the logs apart: their folders, minus the common prefix."""
     folders = [str(Path(path).resolve().parent) for path in paths]
     if len(set(folders)) < len(paths):
         return list(paths)
@@ -69,7 +40,10 @@ def names(paths: list[str]) -> list[str]:
 
 
 def draw(runs: dict[str, list[dict]]):
-    """A matplotlib figure of some runs, {name: rows}: a colour a run, a panel a figure."""
+    """Return a matplotlib figure of {name: rows of a log}: a colour per run, a panel per metric.
+
+    Raise UserError if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -84,28 +58,30 @@ def draw(runs: dict[str, list[dict]]):
         panel.spines[["top", "right"]].set_visible(False)
         for i, rows in enumerate(runs.values()):
             for key, style, _ in PANELS[title]:
-                steps, values = curve(rows, key)
-                if steps:
-                    mark = "." if len(steps) == 1 else None
-                    panel.plot(steps, values, style, color=f"C{i % 10}", lw=1.4, marker=mark)
-    styles = [Line2D([], [], color="gray", ls=s, label=what) for _, s, what in PANELS["loss"]]
+                logged = [row for row in rows if isinstance(row.get(key), int | float)]
+                if logged:
+                    steps = [row["step"] for row in logged]
+                    values = [row[key] for row in logged]
+                    marker = "." if len(steps) == 1 else None
+                    panel.plot(steps, values, style, color=f"C{i % 10}", lw=1.4, marker=marker)
+    styles = [Line2D([], [], color="gray", ls=ls, label=label) for _, ls, label in PANELS["loss"]]
     panels["loss"].legend(handles=styles, frameon=False, fontsize=9)
-    colours = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(runs)]
-    figure.legend(handles=colours, loc="outside upper left", frameon=False, ncols=5)
+    colors = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(runs)]
+    figure.legend(handles=colors, loc="outside upper left", frameon=False, ncols=5)
     return figure
 
 
 def main(cfg: PlotConfig) -> None:
     if Path(cfg.out).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"out={cfg.out}: expected a name that ends in .png, .svg or .pdf")
-    runs = dict(zip(names(list(cfg.logs)), map(read, cfg.logs), strict=True))
+        raise UserError(f"out={cfg.out}: give a name that ends in .png, .svg or .pdf")
+    runs = dict(zip(run_names(cfg.logs), map(read_log, cfg.logs), strict=True))
+    for path, rows in zip(cfg.logs, runs.values(), strict=True):
+        if not rows:
+            raise UserError(f"{path} holds no line yet: wait for the first step, or leave it out")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(cfg.out, dpi=130)
     print(cfg.out)
 
 
 if __name__ == "__main__":
-    argv = sys.argv[1:]
-    paths = [] if "-h" in argv else read_flags(PlotConfig, argv)[0]
-    argv = [f"--logs={arg}" if arg in paths else arg for arg in argv]
-    run(main, configure(PlotConfig, argv, __doc__, files=False))
+    run(main, configure(PlotConfig, sys.argv[1:], __doc__, files=False, positional="logs"))

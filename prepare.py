@@ -8,16 +8,15 @@
     python prepare.py --dataset=mine --source=csv --captions=captions_{split}.csv --images=photos
     torchrun --nproc_per_node=8 prepare.py config/coco.py  # several machines need a shared data/
 
-Checks the whole source, encodes each image once, trains the tokenizer on the training captions,
-and writes `data/<dataset>/`, meta.json last; an earlier dataset there stays whole until then.
-Interrupted, the same command goes on from where it was, to the same bytes. Images that cannot be
-read, and in tar shards captions that cannot be used, are left out and listed in
-`data/<dataset>/skipped.csv`; above `max_bad` of them it stops.
+Four phases: read and check the source, train the tokenizer on the training captions, encode each
+image once, and write `data/<dataset>/`. Its meta.json comes last, and an earlier dataset there
+stays whole until then. If it is interrupted, the same command resumes and produces identical
+files. Images that cannot be read, and in tar shards captions that cannot be used, are left out and
+listed in `data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
 """
 
 import contextlib
 import csv
-import datetime
 import functools
 import hashlib
 import io
@@ -33,141 +32,244 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-import download
-import sources
-from configurator import Config, UserError, configure, run
-from data import Tokenizer, naming, read_json, replacing, write_meta, write_split, write_text
+from configurator import Config, configure
+from data import Meta, Tokenizer, write_split
+from parts import encoder as clip
+from parts import sources
+from parts.common import UserError, naming, read_json, replacing, run, sync, write_text
+from parts.device import Device
+from parts.sources import Record
 
-SYNC = 5.0  # seconds between the moments at which progress is made safe on disk
-
-# ---------------------------------------------------------------------------------------------
-# Several processes
-
-
-class Ranks:
-    """This process's rank among those of torchrun; what one does alone, and where all meet."""
-
-    def __init__(self, place):
-        self.rank, self.world, self.group = place.rank, place.world, None
-        if self.world > 1:  # a download or a slow rank may let the others wait for hours
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-
-    def first(self, work):
-        """What `work()` returns on rank 0, on every rank; a user's mistake there ends them all."""
-        told, error = [None, None], None
-        if self.rank == 0:
-            try:
-                told[0] = work()
-            except (UserError, OSError) as problem:
-                error = problem
-                told[1] = str(problem)
-        if self.world > 1:
-            dist.broadcast_object_list(told, 0, self.group)
-        if error:
-            raise error
-        if told[1]:
-            raise SystemExit(1)
-        return told[0]
-
-    def meet(self) -> None:
-        if self.world > 1:
-            dist.barrier(self.group)
+SYNC = 5.0  # seconds between fsyncs
+Splits = dict[str, list[Record]]
 
 
-# ---------------------------------------------------------------------------------------------
-# Embeddings: written to data/<dataset>/encoding/<split>.npy, and moved into place by `finish`
+def main(cfg: Config) -> None:
+    device = Device(cfg.device, "float32")
+    splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
+    with contextlib.ExitStack() as stack:
+        device.on_first(lambda: lock(cfg.data_dir, stack))
+        if not cfg.embeddings:
+            files, facts = encode(splits, cfg, device)
+        elif device.is_first:
+            files, facts = copy_embeddings(splits, cfg)
+        if device.is_first:
+            finish(splits, files, tokenizer, cfg, facts)
+    device.close()
 
 
-def start(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> Path:
-    """The folder of unfinished embeddings, a float16 array of each split.
-
-    As an interrupted run left it, if that was `made_by` the same; otherwise new, of zeros.
-    """
-    state, made_by = cfg.data_dir / "encoding", made_by | {"shapes": json.loads(json.dumps(shapes))}
-    if (state / "made_by.json").is_file():
-        same = read_json(state / "made_by.json") == made_by
-        for split in shapes if same else ():
-            final, part = cfg.data_dir / f"{split}_embeddings.npy", state / f"{split}.npy"
-            whole = part.exists() or (cfg.data_dir / "meta.json").exists()
-            if not whole and final.exists():  # `finish` was cut off
-                os.replace(final, part)
-        if same and all((state / f"{split}.npy").exists() for split in shapes):
-            return state
-        print("settings, images or versions differ from the unfinished run's: from the start")
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(parents=True)
-    for split, shape in shapes.items():
-        np.lib.format.open_memmap(state / f"{split}.npy", "w+", np.float16, shape).flush()
-    write_text(state / "made_by.json", json.dumps(made_by))
-    return state
-
-
-def own_embeddings(splits: dict[str, list[dict]], cfg: Config) -> dict:
-    """Deals out the rows of the user's array to the splits, by file name. Returns meta's facts."""
+def lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Hold folder/lock until `stack` closes. Raise UserError if another prepare.py holds it."""
     try:
-        array = np.lib.format.open_memmap(cfg.embeddings, "r")
-        names = Path(cfg.embedding_names).read_text(encoding="utf-8-sig").split("\n")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{error.filename}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{cfg.embedding_names}: not UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"{cfg.embeddings}: not a .npy array: {error}") from None
-    if array.dtype.kind not in "fiu":
-        raise UserError(f"{cfg.embeddings}: not a .npy array of numbers")
-    names = names[:-1] if names[-1] == "" else names
-    if array.ndim not in (2, 3) or len(array) != len(names) or not array.size:
-        raise UserError(
-            f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has {len(names)} "
-            f"names: one row, (D,) or (P, D), is needed for each"
-        )
-    rows = {name.strip(): i for i, name in enumerate(names)}
-    if len(rows) != len(names):
-        raise UserError(f"{cfg.embedding_names}: {len(names) - len(rows)} names occur twice")
-    array = array[:, None] if array.ndim == 2 else array
-    found, taken, problems = {}, {}, sources.Problems()
-    for split, records in splits.items():
-        names = [r["file_name"] for r in records]
-        found[split] = [rows.get(name, rows.get(name.rpartition("/")[2])) for name in names]
-        for name, row in zip(names, found[split], strict=True):
-            if row is None:
-                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
-            elif row in taken:
-                problems.add("two images of one row", split, f"{taken[row]} and {name}")
-            else:
-                taken[row] = name
-    problems.stop(cfg.embeddings)
-    state = start(cfg, {}, {split: (len(of), *array.shape[1:]) for split, of in found.items()})
-    for split, of in found.items():
-        path = state / f"{split}.npy"
-        begin = np.load(path, mmap_mode="r").offset
-        with naming(path), open(path, "rb+") as out:  # a full disk kills who writes through a map
-            out.seek(begin)
-            for i in range(0, len(of), 4096):  # the array may exceed memory
-                with np.errstate(over="ignore"):
-                    block = array[of[i : i + 4096]].astype(np.float16)
-                bad = ~np.isfinite(block).all((1, 2))
-                if bad.any():
-                    name = splits[split][i + int(bad.argmax())]["file_name"]
-                    raise UserError(
-                        f"{cfg.embeddings}: not finite in half precision, first for {name}"
-                    )
-                out.write(block.tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-    return {"encoder": "", "features": "pooled" if array.shape[1] == 1 else "grid", "grid": 0,
-            "n_positions": array.shape[1], "embedding_dim": array.shape[2]}  # fmt: skip
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    file = stack.enter_context(open(path, "w"))  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it after a kill
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another prepare.py is writing {folder}/: wait until it ends") from None
+    stack.callback(path.unlink)
 
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings by CLIP
+# 1. Read, 2. tokenizer: both before hours of encoding, because they may refuse
 
 
-def fingerprint(splits: dict[str, list[dict]], cfg: Config, encoder) -> dict:
-    """All that the embeddings' bytes depend on: model, images, and how they are batched."""
+def gather_inputs(cfg: Config) -> tuple[Splits, Tokenizer]:
+    """Download what is missing; return the records of each split and the tokenizer."""
+    tokenizer = None
+    if cfg.tokenizer:
+        model = Path(cfg.tokenizer).read_bytes()
+        tokenizer = Tokenizer(model, cfg.lowercase, cfg.tokenizer)
+    if not cfg.embeddings:
+        clip.extras()
+    sources.fetch(cfg)
+    splits = sources.read(cfg, tokenizer)
+    if not tokenizer:
+        captions = [c for record in splits["train"] if not record.bad for c in record.captions]
+        tokenizer = train_tokenizer(captions, cfg.vocab_size, cfg.lowercase)
+    return splits, tokenizer
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, lowercase: bool = False) -> Tokenizer:
+    """Train a sentencepiece BPE of at most `vocab_size` pieces; small texts have fewer.
+
+    Raise UserError if the captions have more characters than that.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(c.lower() if lowercase else c for c in captions),
+            model_writer=model, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 20, minloglevel=2,
+            num_threads=1,
+        )  # fmt: skip
+    except RuntimeError as error:
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        most = re.search(r"value <= (\d+)", str(error))
+        if least:
+            raise UserError(
+                f"vocab_size={vocab_size}: the captions have too many characters for it, "
+                f"at least {least[1]} is needed"
+            ) from None
+        if not most:
+            raise UserError(f"vocab_size={vocab_size}: {str(error).strip()}") from None
+        print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
+        return train_tokenizer(captions, int(most[1]), lowercase)
+    return Tokenizer(model.getvalue(), lowercase)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Encode: rows go to data/<dataset>/encoding/<split>.npy, which `finish` moves into place
+
+
+class EmbeddingFile:
+    """A split's embeddings while they are made: <folder>/<split>.npy, (images, P, D) float16.
+
+    Rows are written with `seek` and `write`: on a full disk, writing through a memmap is a SIGBUS.
+    After they are safe on the disk, <folder>/rank<rank>.jsonl records which batches are done, so
+    that the next run resumes after a kill.
+    """
+
+    def __init__(self, folder: Path, split: str, rank: int = 0):
+        self.folder, self.split = folder, split
+        self.path = folder / f"{split}.npy"
+        self.log = folder / f"rank{rank}.jsonl"
+        rows = np.load(self.path, mmap_mode="r")
+        self.shape, self.begin = rows.shape, rows.offset
+        self.unlogged: list[str] = []
+
+    @classmethod
+    def create(cls, folder: Path, split: str, shape: tuple) -> "EmbeddingFile":
+        """Write a file of zeros."""
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        path = folder / f"{split}.npy"
+        with naming(path), open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + 2 * int(np.prod(shape)))
+        return cls(folder, split)
+
+    def rows(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r")
+
+    def write(self, row: int, block: np.ndarray) -> None:
+        """Write a block of rows, of which `row` is the first."""
+        with naming(self.path), open(self.path, "rb+") as file:
+            file.seek(self.begin + row * block[0].nbytes)
+            file.write(block.tobytes())
+
+    def copy(self, array: np.ndarray, rows: list[int]) -> int | None:
+        """Write these rows of an array, which may exceed memory. Return which of them is the first
+        that is not finite in half precision, if any."""
+        for i in range(0, len(rows), 4096):
+            with np.errstate(over="ignore"):
+                block = array[rows[i : i + 4096]].astype(np.float16)
+            is_finite = np.isfinite(block).all((1, 2))
+            if not is_finite.all():
+                return i + int(is_finite.argmin())
+            self.write(i, block)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make what was written safe: rows first, then the record that they exist."""
+        with naming(self.path), open(self.path, "rb+") as file:
+            sync(file)
+        if self.unlogged:
+            with naming(self.log), open(self.log, "a", encoding="utf-8") as file:
+                file.write("".join(["\n", *self.unlogged]))  # the first newline ends a torn line
+                sync(file)
+            self.unlogged = []
+
+    def done(self) -> dict[int, dict[int, str]]:
+        """Return the batches that all runs and ranks have written, each with its bad rows."""
+        batches = {}
+        for path in self.folder.glob("rank*.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a torn line: its batch is encoded again
+                    split, batch, bad = json.loads(line)
+                    if split == self.split:
+                        batches[batch] = {int(row): reason for row, reason in bad.items()}
+        return batches
+
+    def keep(self, rows: list[int]) -> "EmbeddingFile":
+        """Return the file with these rows only: a copy, <split>.kept.npy, unless it is all."""
+        if len(rows) == self.shape[0]:
+            return self
+        kept = self.create(self.folder, f"{self.split}.kept", (len(rows), *self.shape[1:]))
+        kept.copy(self.rows(), rows)
+        return kept
+
+
+def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
+    """Make each split's file in data/<dataset>/encoding, or leave those of an interrupted run that
+    was `made_by` the same. Return this run's mark, which stands in the file `run` there."""
+    folder = cfg.data_dir / "encoding"
+    made_by = made_by | {"shapes": json.loads(json.dumps(shapes))}
+    resumes = False
+    if (folder / "made_by.json").is_file():
+        resumes = read_json(folder / "made_by.json") == made_by
+        for split in shapes if resumes else ():
+            final, part = cfg.data_dir / f"{split}_embeddings.npy", folder / f"{split}.npy"
+            if not part.exists() and final.exists() and not (cfg.data_dir / "meta.json").exists():
+                os.replace(final, part)  # `finish` was cut off
+            resumes = resumes and part.exists()
+        if not resumes:
+            print("settings, images or versions differ from the unfinished run's: starting over")
+    if not resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for split, shape in shapes.items():
+            EmbeddingFile.create(folder, split, shape)
+        write_text(folder / "made_by.json", json.dumps(made_by))
+    mark = secrets.token_hex(8)
+    write_text(folder / "run", mark)
+    return mark
+
+
+def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict[str, EmbeddingFile], dict]:
+    """Encode the images with CLIP, and drop the records of bad ones.
+
+    Return, on rank 0, each split's file and the encoding's facts for meta.json.
+    """
+    encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
+    P, D = encoder.n_positions, encoder.embedding_dim
+    shapes = {split: (len(records), P, D) for split, records in splits.items()}
+    folder = cfg.data_dir / "encoding"
+    mark = device.on_first(lambda: create_files(cfg, made_by(splits, cfg, encoder), shapes))
+    is_shared = (folder / "run").is_file() and (folder / "run").read_text() == mark
+    if not all(device.gather(is_shared)):
+        raise UserError(f"{folder} is not the same on every machine: put data/ on shared storage")
+    files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
+    encode_missing(splits, files, encoder, cfg, device)
+    device.meet()
+    if not device.is_first:
+        return {}, {}
+    bad = list_bad(splits, files)
+    check_bad(splits, bad, cfg)
+    for split, records in splits.items():
+        kept = [row for row in range(len(records)) if row not in bad[split]]
+        if not kept:
+            path = cfg.data_dir / "skipped.csv"
+            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
+        splits[split] = [records[row] for row in kept]
+        files[split] = files[split].keep(kept)
+        # Rows and records are still aligned: the last row is what the last image gives.
+        ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], split, cfg)]], workers=0)
+        last = torch.tensor(files[split].rows()[-1:])
+        assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
+    return files, {
+        "encoder": cfg.clip, "encoder_kind": encoder.kind, "features": cfg.features,
+        "grid": cfg.grid, "n_positions": P, "embedding_dim": D,
+    }  # fmt: skip
+
+
+def made_by(splits: Splits, cfg: Config, encoder) -> dict:
+    """Return all that the embeddings' bytes depend on: model, images, and how they are batched."""
     import PIL
     import transformers
 
@@ -184,115 +286,68 @@ def fingerprint(splits: dict[str, list[dict]], cfg: Config, encoder) -> dict:
     }  # fmt: skip
 
 
-def progress(state: Path) -> dict[tuple[str, int], dict[int, str]]:
-    """What all runs so far have encoded: (split, batch) -> the reason for each bad row."""
-    done = {}
-    for path in state.glob("rank*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a torn line: its batch is encoded again
-                split, batch, bad = json.loads(line)
-                done[split, batch] = {int(row): reason for row, reason in bad.items()}
-    return done
-
-
-def encode(splits: dict[str, list[dict]], cfg: Config, place, ranks: Ranks) -> dict:
-    """Encodes the images through CLIP, then drops the records of bad ones. Returns facts for meta.
+def encode_missing(
+    splits: Splits, files: dict[str, EmbeddingFile], encoder, cfg: Config, device: Device
+) -> None:
+    """Encode this rank's share of the batches that are not done.
 
     A split is cut into batches of `encode_batch`; batch b is rank b % world's. Its bytes depend
-    on its own images alone and have their own place in the file, so neither the ranks nor an
-    interruption can change the result.
+    on its own images alone and have a place of their own in the file, so neither the number of
+    ranks nor an interruption can change the result.
     """
-    from encoder import Encoder
-
-    encoder = Encoder(cfg.clip, cfg.features, cfg.grid, place.device)
-    size, shape = cfg.encode_batch, (encoder.n_positions, encoder.embedding_dim)
-    shapes = {split: (len(records), *shape) for split, records in splits.items()}
-
-    def begin() -> tuple[Path, str]:
-        state, run = start(cfg, fingerprint(splits, cfg, encoder), shapes), secrets.token_hex(8)
-        write_text(state / "run", run)
-        return state, run
-
-    state, run = ranks.first(begin)
-    mark = state / "run"
-    if not all(place.gather(mark.is_file() and mark.read_text() == run)):
-        raise UserError(f"{state} is not the same on every machine: all must share data/")
-    done = progress(state)
-    skipped, total = sum(map(len, done.values())), sum(map(len, splits.values()))
-    skipped += sum("bad" in record for records in splits.values() for record in records)
-    every = [(split, b) for split, records in splits.items()
-             for b in range(-(-len(records) // size))]  # fmt: skip
-    jobs = [(split, b) for split, b in every
-            if b % ranks.world == ranks.rank and (split, b) not in done]  # fmt: skip
-    files = ([sources.locate(r, split, cfg) for r in splits[split][b * size : (b + 1) * size]]
-             for split, b in jobs)  # fmt: skip
-    synced, lines = time.monotonic(), []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(naming(state))  # what has no room on the disk
-        log = stack.enter_context(open(state / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8"))
-        log.write("\n")  # ends a torn line
-        outs = {s: stack.enter_context(open(state / f"{s}.npy", "rb+")) for s in splits}
-        begins = {s: np.load(state / f"{s}.npy", mmap_mode="r").offset for s in splits}
-        bar = tqdm(total=sum(min(size, shapes[s][0] - b * size) for s, b in jobs),
-                   desc="encoding", unit="image", disable=ranks.rank > 0)  # fmt: skip
-        stack.enter_context(bar)
-        stream = encoder.stream(files, cfg.workers)
-        for (split, b), (x, bad) in zip(jobs, stream, strict=True):
+    size, jobs = cfg.encode_batch, []  # jobs: (split, batch, its records)
+    for split, records in splits.items():
+        done = files[split].done()
+        for batch in range(device.rank, -(-len(records) // size), device.world):
+            if batch not in done:
+                jobs.append((split, batch, records[batch * size : (batch + 1) * size]))
+    images = ([sources.locate(r, split, cfg) for r in records] for split, _, records in jobs)
+    bad = list_bad(splits, files)
+    total = sum(map(len, splits.values()))
+    n_images = sum(len(records) for _, _, records in jobs)
+    synced = time.monotonic()
+    with tqdm(total=n_images, desc="encoding", unit="image", disable=not device.is_first) as bar:
+        stream = encoder.stream(images, cfg.workers)
+        for (split, batch, records), (x, reasons) in zip(jobs, stream, strict=True):
             if not torch.isfinite(x).all():
-                raise UserError(f"clip={cfg.clip} overflows half precision")
-            block = np.zeros((min(size, shapes[split][0] - b * size), *shape), np.float16)
-            block[[i for i in range(len(block)) if i not in bad]] = x
-            outs[split].seek(begins[split] + b * size * block[0].nbytes)
-            outs[split].write(block.tobytes())
-            done[split, b] = {b * size + i: reason for i, reason in bad.items()}
-            lines.append(json.dumps([split, b, done[split, b]]) + "\n")
-            bar.update(len(block))
-            skipped += len(bad)
-            if skipped > cfg.max_bad * total:  # no need to wait for the end
-                check_bad(splits, done, cfg, ranks.rank)
-            if time.monotonic() - synced >= SYNC or (split, b) == jobs[-1]:
-                for out in outs.values():  # first the rows, then the word that they are there
-                    out.flush()
-                    os.fsync(out.fileno())
-                log.write("".join(lines))
-                log.flush()
-                os.fsync(log.fileno())
-                synced, lines = time.monotonic(), []
-    ranks.meet()
-    if ranks.rank:
-        return {}
-    done = progress(state)
-    assert done.keys() == set(every)
-    bad = check_bad(splits, done, cfg)
-    drop_bad(splits, bad, state, cfg)
-    if count := sum(map(len, bad.values())):
-        print(f"left out {count} of {total} images, listed in {cfg.data_dir}/skipped.csv")
-    for split, records in splits.items():  # still aligned: the last row is what its file gives
-        ((x, _),) = encoder.stream([[sources.locate(records[-1], split, cfg)]], workers=0)
-        last = torch.tensor(np.load(rows_of(split, state), mmap_mode="r")[-1:])
-        assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
-    return {"encoder": cfg.clip, "encoder_kind": encoder.kind, "features": cfg.features,
-            "grid": cfg.grid, "n_positions": encoder.n_positions,
-            "embedding_dim": encoder.embedding_dim}  # fmt: skip
+                raise UserError(f"clip={cfg.clip} overflows half precision: choose another model")
+            block = np.zeros((len(records), *x.shape[1:]), np.float16)
+            block[[i for i in range(len(records)) if i not in reasons]] = x
+            reasons = {batch * size + i: reason for i, reason in reasons.items()}
+            files[split].write(batch * size, block)
+            files[split].unlogged.append(json.dumps([split, batch, reasons]) + "\n")
+            bar.update(len(records))
+            bad[split] |= reasons
+            if sum(map(len, bad.values())) > cfg.max_bad * total:  # no need to wait for the end
+                check_bad(splits, bad, cfg, device.rank)
+            if time.monotonic() - synced >= SYNC:
+                for file in files.values():
+                    file.sync()
+                synced = time.monotonic()
+    for file in files.values():
+        file.sync()
 
 
-def check_bad(
-    splits: dict[str, list[dict]], done: dict, cfg: Config, rank: int | None = None
-) -> dict[str, dict[int, str]]:
-    """The reason for each row of each split that has no readable image or, in a tar shard, no
-    usable caption; written to skipped.csv too. With `rank`, of what this one knows so far.
+def list_bad(splits: Splits, files: dict[str, EmbeddingFile]) -> dict[str, dict[int, str]]:
+    """Return split -> row -> why its image or caption cannot be used, as far as it is known."""
+    bad = {}
+    for split, records in splits.items():
+        bad[split] = {row: record.bad for row, record in enumerate(records) if record.bad}
+        for reasons in files[split].done().values():
+            bad[split] |= reasons
+    return bad
 
-    Raises UserError where there are more than `max_bad` allows.
+
+def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int | None = None) -> None:
+    """Write the bad rows to skipped.csv. Raise UserError if they are more than `max_bad`.
+
+    With a rank, they are those that it knows so far.
     """
-    bad = {split: {i: r["bad"] for i, r in enumerate(records) if "bad" in r}
-           for split, records in splits.items()}  # fmt: skip
-    for (split, _), reasons in sorted(done.items()):
-        bad[split] |= reasons
     count, total = sum(map(len, bad.values())), sum(map(len, splits.values()))
     path = cfg.data_dir / "skipped.csv"
     if not count:
         path.unlink(missing_ok=True)
-        return bad
+        return
     own = path.with_name(f"skipped.{rank or 0}.csv")  # two ranks may have too many at once
     with replacing(own) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -300,164 +355,118 @@ def check_bad(
         for split, reasons in bad.items():
             for row, reason in sorted(reasons.items()):
                 record = splits[split][row]
-                cells = (split, record["id"], record["file_name"], reason)
-                # A spreadsheet would run a cell that opens like a formula.
+                cells = (split, record.id, record.file_name, reason)
+                # A spreadsheet would run a cell that begins like a formula.
                 writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
     os.replace(own, path)
     if count > cfg.max_bad * total:
         so_far = "" if rank is None else f"at least (rank {rank}) "
-        raise UserError(f"{so_far}{count} of {total} images cannot be used, more than "
-                        f"max_bad={cfg.max_bad}: see {path}")  # fmt: skip
-    return bad
-
-
-def drop_bad(splits: dict, bad: dict[str, dict[int, str]], state: Path, cfg: Config) -> None:
-    """Takes the bad rows out of the records, and, in a copy that `rows_of` finds, of the arrays."""
-    for split, records in splits.items():
-        keep = [i for i in range(len(records)) if i not in bad[split]]
-        if not keep:
-            raise UserError(f"none of the images of split `{split}` can be read: "
-                            f"see {cfg.data_dir}/skipped.csv")  # fmt: skip
-        splits[split] = [records[i] for i in keep]
-        rows = np.load(state / f"{split}.npy", mmap_mode="r")
-        if bad[split]:
-            path = state / f"{split}.kept.npy"
-            header = {"descr": rows.dtype.str, "fortran_order": False,
-                      "shape": (len(keep), *rows.shape[1:])}  # fmt: skip
-            with naming(path), open(path, "wb") as file:  # not through a map: see own_embeddings
-                np.lib.format.write_array_header_1_0(file, header)
-                for i in range(0, len(keep), 4096):
-                    file.write(rows[keep[i : i + 4096]].tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            rows = np.load(path, mmap_mode="r")
-        assert len(rows) == len(splits[split])
-
-
-def rows_of(split: str, state: Path) -> Path:
-    """The finished array of a split."""
-    kept = state / f"{split}.kept.npy"
-    return kept if kept.exists() else state / f"{split}.npy"
-
-
-# ---------------------------------------------------------------------------------------------
-# The tokenizer
-
-
-def train_tokenizer(captions: list[str], vocab_size: int) -> Tokenizer:
-    """A sentencepiece BPE of at most `vocab_size` pieces; small texts have fewer."""
-    model = io.BytesIO()
-    options = dict(
-        model_type="bpe", character_coverage=1.0, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        max_sentence_length=1 << 20, minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, **options
+        raise UserError(
+            f"{so_far}{count} of {total} images cannot be used, more than max_bad={cfg.max_bad}: "
+            f"repair those in {path}, or raise max_bad"
         )
-    except RuntimeError as error:
-        most = re.search(r"value <= (\d+)", str(error))
-        if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            told = f"the captions have too many characters for it, at least {least[1]} is needed"
-            raise UserError(f"vocab_size={vocab_size}: {told}") from None
-        if not most:
-            raise UserError(f"vocab_size={vocab_size}: {str(error).strip()}") from None
-        print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
-        return train_tokenizer(captions, int(most[1]))
-    return Tokenizer(model.getvalue())
+    print(f"left out {count} of {total} images, listed in {path}")
 
 
 # ---------------------------------------------------------------------------------------------
+# 3. or, instead of encoding: the user's own embeddings
 
 
-def tokenizer_of(splits: dict[str, list[dict]], cfg: Config) -> Tokenizer:
-    """The user's own, or one trained on the training captions."""
-    if cfg.tokenizer:
-        return Tokenizer(Path(cfg.tokenizer).read_bytes(), cfg.tokenizer)
-    captions = [c for r in splits["train"] if "bad" not in r for c in r["captions"]]
-    return train_tokenizer([c.lower() for c in captions] if cfg.lowercase else captions,
-                           cfg.vocab_size)  # fmt: skip
+def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict[str, EmbeddingFile], dict]:
+    """Copy the rows of the user's array to the splits, by file name.
+
+    Return each split's file and the facts for meta.json. Raise UserError if an image has no row,
+    two share one, or a row is not finite in half precision.
+    """
+    array, row_of = open_embeddings(cfg)
+    rows: dict[str, list] = {}  # split -> the row of each image
+    owner: dict[int, str] = {}  # row -> the image that has it
+    problems = sources.Problems()
+    for split, records in splits.items():
+        rows[split] = []
+        for name in (record.file_name for record in records):
+            row = row_of.get(name, row_of.get(name.rpartition("/")[2]))
+            if row is None:
+                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
+            elif row in owner:
+                problems.add("two images of one row", split, f"{owner[row]} and {name}")
+            rows[split].append(row)
+            owner.setdefault(row, name)
+    problems.stop(cfg.embeddings)
+    P, D = array.shape[1:]
+    create_files(cfg, {}, {split: (len(rows[split]), P, D) for split in rows})
+    files = {split: EmbeddingFile(cfg.data_dir / "encoding", split) for split in rows}
+    for split, file in files.items():
+        first = file.copy(array, rows[split])
+        if first is not None:
+            name = splits[split][first].file_name
+            raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
+    features = "pooled" if P == 1 else "grid"
+    return files, {
+        "encoder": "", "features": features, "grid": 0, "n_positions": P, "embedding_dim": D,
+    }  # fmt: skip
 
 
-def finish(splits: dict[str, list[dict]], tokenizer: Tokenizer, cfg: Config, made: dict) -> None:
-    """Writes all that is missing beside the embeddings, then puts all in place, an earlier
-    dataset's files until then untouched. Cut off, it can be done again."""
-    state, ready = cfg.data_dir / "encoding", cfg.data_dir / "encoding" / "ready"
+def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the user's array, (N, P, D), memory-mapped, and the row of each image's name."""
+    try:
+        array = np.lib.format.open_memmap(cfg.embeddings, "r")
+        names = Path(cfg.embedding_names).read_text(encoding="utf-8-sig").split("\n")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{error.filename}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{cfg.embedding_names}: not UTF-8") from None
+    except ValueError as error:
+        raise UserError(f"{cfg.embeddings}: not a .npy array: {error}") from None
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{cfg.embeddings}: not a .npy array of numbers")
+    if names[-1] == "":
+        names.pop()
+    if array.ndim not in (2, 3) or len(array) != len(names) or not array.size:
+        raise UserError(
+            f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has {len(names)} "
+            f"names: one row, (D,) or (P, D), is needed for each"
+        )
+    row_of = {name.strip(): row for row, name in enumerate(names)}
+    if len(row_of) != len(names):
+        raise UserError(f"{cfg.embedding_names}: {len(names) - len(row_of)} names occur twice")
+    return array[:, None] if array.ndim == 2 else array, row_of
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Finish
+
+
+def finish(
+    splits: Splits, files: dict[str, EmbeddingFile], tokenizer: Tokenizer, cfg: Config, facts: dict
+) -> None:
+    """Write all that is missing, then move everything into place, meta.json last.
+
+    Keeps the old dataset intact until the last moment; safe to repeat.
+    """
+    folder, ready = cfg.data_dir, cfg.data_dir / "encoding" / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     with replacing(ready / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
-    counts = {
-        split: write_split(ready, split, records, tokenizer, cfg.lowercase)
-        for split, records in splits.items()
-    }
-    (cfg.data_dir / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
-    for split in splits:
-        os.replace(rows_of(split, state), cfg.data_dir / f"{split}_embeddings.npy")
+    counts = {split: write_split(ready, split, splits[split], tokenizer) for split in splits}
+    (folder / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
+    for split, file in files.items():
+        os.replace(file.path, folder / f"{split}_embeddings.npy")
     for path in ready.iterdir():
-        os.replace(path, cfg.data_dir / path.name)
+        os.replace(path, folder / path.name)
     if cfg.embeddings:
-        (cfg.data_dir / "skipped.csv").unlink(missing_ok=True)  # of an earlier dataset
-    write_meta(cfg.data_dir, {
-        "dataset": cfg.dataset, "source": cfg.source, "captions": cfg.captions,
-        "images": cfg.images, **made, "normalize": cfg.normalize, "lowercase": cfg.lowercase,
-        "vocab_size": len(tokenizer), "pad": tokenizer.pad, "bos": tokenizer.bos,
-        "eos": tokenizer.eos, "unk": tokenizer.unk, "splits": counts,
-    })  # fmt: skip
-    shutil.rmtree(state)
+        (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier dataset
+    meta = Meta(
+        dataset=cfg.dataset, source=cfg.source, captions=cfg.captions, images=cfg.images,
+        normalize=cfg.normalize, lowercase=cfg.lowercase, vocab_size=len(tokenizer),
+        splits=counts, pad=tokenizer.pad, bos=tokenizer.bos, eos=tokenizer.eos, unk=tokenizer.unk,
+        **facts,
+    )  # fmt: skip
+    meta.write(folder)
+    shutil.rmtree(folder / "encoding")
     for split, n in counts.items():
         print(f"{split}: {n['images']} images, {n['captions']} captions, {n['tokens']} tokens")
-    print(f"wrote {cfg.data_dir}/")
-
-
-@contextlib.contextmanager
-def alone(folder: Path):
-    """Raises UserError where another prepare.py is writing the same dataset."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    path = folder / "lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it after a kill
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another prepare.py is writing {folder}/") from None
-        try:
-            yield
-        finally:
-            path.unlink()
-
-
-def main(cfg: Config) -> None:
-    from train import Place
-
-    place = Place(cfg.device, "float32")
-    ranks = Ranks(place)
-    with contextlib.ExitStack() as stack:
-        tokenizer = None
-
-        def read() -> dict[str, list[dict]]:
-            nonlocal tokenizer
-            if not cfg.embeddings:
-                import encoder
-
-                encoder.extras()
-            download.fetch(cfg)
-            splits = sources.read(cfg)
-            stack.enter_context(alone(cfg.data_dir))
-            tokenizer = tokenizer_of(splits, cfg)  # before hours of encoding: it may refuse
-            return splits
-
-        splits = ranks.first(read)
-        if not cfg.embeddings:
-            made = encode(splits, cfg, place, ranks)
-        elif ranks.rank == 0:
-            made = own_embeddings(splits, cfg)
-        if ranks.rank == 0:
-            finish(splits, tokenizer, cfg, made)
-    place.leave()
+    print(f"wrote {folder}/")
 
 
 if __name__ == "__main__":

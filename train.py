@@ -5,597 +5,452 @@
     torchrun --nproc_per_node=8 train.py config/coco.py
     python train.py config/coco.py --resume
 
-Writes to `out/<dataset>/`: ckpt.pt, the best by validation CIDEr, with all that sample.py needs;
-last.pt, from which --resume goes on; log.jsonl, every line that was logged. Without --resume, an
-earlier run's are moved to `out/<dataset>/previous/`.
+Writes to `out/<dataset>/`: ckpt.pt, the best checkpoint by validation CIDEr, with all that
+sample.py needs; last.pt, which --resume continues; log.jsonl, every logged line. Without
+--resume, an earlier run's files are moved to `out/<dataset>/previous/`.
 """
 
 import contextlib
-import ctypes
-import gc
-import json
+import copy
 import math
-import os
-import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import checkpoint
 import metrics
-from configurator import Config, UserError, configure, run
-from data import Order, Split, ahead, append, batches, write_text
+from configurator import Config, configure
+from data import Meta, Order, Split, batches
 from decode import Decoding, generate
-from model import ClipLM, ModelConfig
-from track import Tracker
+from model import ClipLM, ModelConfig, loss_sum
+from parts import checkpoint
+from parts.checkpoint import Progress
+from parts.common import UserError, prefetch, run
+from parts.device import Device, Signals, keep_freed_memory
+from parts.log import Log
 
 PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --resume
-
-# ---------------------------------------------------------------------------------------------
-# Where it runs
-
-
-def computes_in_bfloat16(kind: str) -> bool:
-    """Whether a device does so in hardware, and so faster than in float32."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # PyTorch has no public way
-    return kind == "cpu" and asked is not None and asked()
-
-
-def keep_freed_memory() -> None:
-    """Asks the C library to keep what tensors free: pages fresh from the system, at every step,
-    take a CPU a twentieth of it (LOG.md). Only glibc (Linux) can be asked."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only tensors above 1 GB are mapped on their own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and freed memory stays, up to 2 GB of it
-
-
-class Place:
-    """Device, precision, and this process's `rank` among `world` (1 without torchrun)."""
-
-    def __init__(self, device: str, dtype: str):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        cuda = torch.cuda.is_available()
-        if device == "auto":
-            device = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device.startswith("cuda") and not cuda:
-            raise UserError(f"device={device}: this PyTorch sees no CUDA device")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-        there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if device not in there:
-            raise UserError(f"device={device}: this PyTorch sees only {' '.join(there)}")
-        self.device = torch.device(device)
-        self.kind = self.device.type
-        if self.kind == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32
-        if dtype == "auto":
-            dtype = "bfloat16" if computes_in_bfloat16(self.kind) else "float32"
-        self.dtype = getattr(torch, dtype)
-        if self.world > 1:
-            from torch import _dynamo  # noqa: F401 - imported later, it keeps the group from closing
-
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.kind == "cuda" else "gloo")
-
-    def leave(self) -> None:
-        """Closes the process group: gloo's threads, alive when Python ends, would abort it."""
-        if self.world > 1:
-            gc.collect()  # nothing may hold the group any more
-            dist.destroy_process_group()
-
-    def autocast(self):
-        return torch.autocast(self.kind, self.dtype, enabled=self.dtype != torch.float32)
-
-    def put(self, tensors: dict) -> dict:
-        if self.kind == "cuda":  # from pinned memory the copy does not hold up the step
-            return {
-                k: v.pin_memory().to(self.device, non_blocking=True) for k, v in tensors.items()
-            }
-        return {k: v.to(self.device) for k, v in tensors.items()}
-
-    def total(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes."""
-        sums = torch.tensor(numbers, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return sums.tolist()
-
-    def gather(self, item) -> list:
-        """Every process's item, by rank."""
-        every = [item] * self.world
-        if self.world > 1:
-            dist.all_gather_object(every, item)
-        return every
-
-    def matmul_rate(self) -> float:
-        """FLOP/s of a large matrix product here and now, in the precision of training.
-
-        Matrices grow until a product takes 10 ms, or to the size at which every device is at its
-        best: a CPU without bfloat16 takes seconds for what others do in a moment.
-        """
-        n, took = 128, 0.0
-        while took < 0.01 and n < (8192 if self.kind == "cuda" else 1024):
-            n *= 2
-            took = self.matmul_seconds(n)
-        return 2 * n**3 / min(self.matmul_seconds(n) for _ in range(8))
-
-    def matmul_seconds(self, n: int) -> float:
-        """Seconds that a product of two (n, n) matrices takes."""
-        own = torch.Generator(self.device)  # a resumed run's draws must not depend on this
-        a, b = (torch.randn(n, n, device=self.device, generator=own).to(self.dtype) for _ in "ab")
-        begin = time.perf_counter()
-        (a @ b)[0, 0].item()
-        return time.perf_counter() - begin
-
-
-def compiles(cfg: Config, place: Place) -> bool:
-    """Whether to use torch.compile: as the config says, else on CUDA, if a compiler is there."""
-    names = ("CC", "gcc", "clang", "cc") if place.kind == "cuda" else ("CXX", "g++", "clang++")
-    names = [os.environ[names[0]]] if names[0] in os.environ else names[1:]
-    there = any(map(shutil.which, names))
-    if cfg.compile and not there:
-        raise UserError(f"compile=True: no compiler here ({' '.join(names)}): --compile=False")
-    return there and place.kind == "cuda" if cfg.compile is None else cfg.compile
-
-
-# ---------------------------------------------------------------------------------------------
-# Loss, learning rate, average
-
-
-def loss_sum(model, batch: dict, label_smoothing: float = 0.0):
-    """Cross-entropy summed over the targets of packed rows, in nats."""
-    inputs = {k: v for k, v in batch.items() if k != "targets"}
-    logits = model(**inputs).float()  # (M, V)
-    return F.cross_entropy(
-        logits, batch["targets"], reduction="sum", label_smoothing=label_smoothing
-    )
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warmup, then half a cosine down to min_lr (Loshchilov & Hutter 2017)."""
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    end = cfg.lr_decay_iters or cfg.max_iters
-    done = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
-
-
-class Average:
-    """Moving average of the weights, begun from `weights` or those of the model; with decay 0,
-    the weights themselves."""
-
-    def __init__(self, model: ClipLM, decay: float, weights: dict):
-        self.model, self.decay = model, decay
-        now = model.state_dict() if decay else {}
-        self.weights = {k: v.clone().copy_(weights.get(k, v)) for k, v in now.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, step / (step + 9))  # a young average forgets faster
-        now = self.model.state_dict()
-        for name, value in self.weights.items():
-            value.lerp_(now[name], 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self):
-        """The model with the averaged weights, for evaluation and for ckpt.pt."""
-        if not self.decay:
-            yield
-            return
-        kept = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.weights)
-        yield
-        self.model.load_state_dict(kept)
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-
-
-class Evaluation:
-    """Loss over the validation split, and CIDEr of greedy captions of a fixed part of it."""
-
-    def __init__(self, split: Split, cfg: Config, place: Place, model: ClipLM):
-        self.split, self.place, self.model = split, place, model
-        n = len(split)
-        some = np.linspace(0, n - 1, min(cfg.eval_images or n, n)).astype(np.int64)
-        self.images = np.unique(some)  # spread evenly, the same at every evaluation
-        references = split.references()[1]
-        self.references = [references[i] for i in self.images]
-        self.cider = metrics.CiderD(self.references)
-        self.decoding = Decoding(max_len=min(40, cfg.block_size - model.cfg.prefix_length))
-
-    @torch.inference_mode()
-    def __call__(self, signals: "Signals") -> tuple[dict, list[str]] | None:
-        """The figures, and the captions of `images`, the same on every rank. None after a signal:
-        a scheduler that has sent one may not wait until the end."""
-        place, size, tokenizer = self.place, 64, self.split.tokenizer
-        self.model.eval()
-        by_length = np.argsort(self.split.lengths, kind="stable")  # like lengths pad little
-        parts = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        nll = shuffled = targets = 0.0
-        for batch in ahead(self.split.pack(rows) for rows in parts[place.rank :: place.world]):
-            if signals.asked:
-                break
-            batch = place.put(batch)
-            targets += len(batch["targets"])
-            other = batch | {"embeddings": batch["embeddings"].roll(1, 0)}  # of the image before
-            with place.autocast():
-                nll += loss_sum(self.model, batch).item()
-                shuffled += loss_sum(self.model, other).item()
-        mine, captions = self.images[place.rank :: place.world], []
-        for i in range(0, len(mine), size):
-            if signals.asked:
-                break
-            embeddings = self.split.embedding(mine[i : i + size]).to(place.device)
-            with place.autocast():
-                found = generate(self.model, embeddings, tokenizer, self.decoding)
-            captions += [tokenizer.decode(best[0].ids) for best in found]
-        self.model.train()
-        if place.total(signals.asked)[0]:
-            return None
-        nll, shuffled, targets = place.total(nll, shuffled, targets)
-        every = place.gather(captions)
-        captions = [every[i % place.world][i // place.world] for i in range(len(self.images))]
-        return {
-            "val_loss": nll / targets,
-            "shuffled_loss": shuffled / targets,  # not above val_loss: the prefix is ignored
-            "CIDEr": float(self.cider.score(range(len(captions)), captions).mean()),
-            "distinct": len(set(captions)) / len(captions),
-        }, captions
-
-    def show(self, captions: list[str], n: int) -> list[str]:
-        """`n` captions, each beside a reference."""
-        some = np.linspace(0, len(captions) - 1, min(n, len(captions))).astype(int)
-        return [f"    {captions[i]}   ⟵ {self.references[i][0]}" for i in some]
-
-
-# ---------------------------------------------------------------------------------------------
-# What is printed and logged
-
-
-class Log:
-    """The progress bar, log.jsonl and the tracker; silent on every rank but the first."""
-
-    def __init__(self, cfg: Config, place: Place, model: ClipLM, step: int):
-        self.master, self.model, self.place = place.rank == 0, model, place
-        self.peak = place.matmul_rate()
-        show = None if self.master else True  # None: a bar on a terminal, plain lines in a file
-        self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=show)
-        self.path = cfg.run_dir / "log.jsonl"
-        if self.master:
-            write_text(self.path, "".join(kept_lines(self.path, step)))
-        kind = cfg.track if self.master else "none"
-        self.track = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, resume=step > 0)
-        self.begin()
-
-    def begin(self) -> None:
-        self.clock, self.steps = time.perf_counter(), 0
-        self.counts = dict.fromkeys(("images", "captions", "targets"), 0)
-        self.waited = 0.0
-
-    def count(self, counts: dict, waited: float) -> None:
-        self.steps += 1
-        self.waited += waited
-        for name in self.counts:
-            self.counts[name] += counts[name]
-        self.bar.update()
-
-    def line(self, step: int, loss: float, norm: float, lr: float) -> None:
-        """Logs a step's figures, and the speed since the line before."""
-        took, n = time.perf_counter() - self.clock, self.counts
-        flops = self.model.flops(n["images"], n["targets"], n["targets"])
-        row = {
-            "step": step, "loss": loss, "grad_norm": norm, "lr": lr,
-            "ms_per_step": 1e3 * took / self.steps, "captions_per_s": n["captions"] / took,
-            "tokens_per_s": n["targets"] / took,
-            "mfu": flops / took / (self.peak * self.place.world), "waiting": self.waited / took,
-        }  # fmt: skip
-        self.write(row)
-        text = (
-            f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
-            f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
-            f"MFU {row['mfu']:.0%}"
-        )
-        if self.bar.disable:
-            self.say(f"step {step}: {text}")
-        else:
-            self.bar.set_postfix_str(text)
-        self.begin()
-
-    def scores(self, step: int, scores: dict, samples: list[str]) -> None:
-        self.write({"step": step, **scores, "samples": samples})
-        self.say(f"step {step}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-        for line in samples:
-            self.say(line)
-
-    def write(self, row: dict) -> None:
-        if self.master:
-            append(self.path, json.dumps(row) + "\n")
-            self.track.log(row)
-
-    def say(self, text: str) -> None:
-        if self.master:
-            self.bar.write(text)
-
-
-def kept_lines(path, step: int) -> list[str]:
-    """The lines of a log up to `step`; what came later, or is torn, is written again."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    kept = []
-    for line in text.splitlines(keepends=True) if step else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-    return kept
-
-
-class Signals:
-    """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
-
-    A scheduler may signal torchrun and its processes, and torchrun passes it on to these: what
-    comes within `echo` seconds of the first is the same signal.
-    """
-
-    def __init__(self, echo: float):
-        self.asked, self.since, self.echo = False, math.inf, echo
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame) -> None:
-        now = time.monotonic()
-        if now > self.since + self.echo:
-            os._exit(128 + number)
-        self.asked, self.since = True, min(now, self.since)
-
-
-# ---------------------------------------------------------------------------------------------
-# Setting up, saving and resuming
-
-
-def model_config(cfg: Config, meta: dict, vocab_size: int) -> ModelConfig:
-    """The model that the config asks for. Raises UserError where the block is too short."""
-    size = ModelConfig(
-        vocab_size=vocab_size, features=meta["features"], embedding_dim=meta["embedding_dim"],
-        n_positions=meta["n_positions"], normalize=meta["normalize"], n_prefix=cfg.n_prefix,
-        mapper=cfg.mapper, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
-        block_size=cfg.block_size, dropout=cfg.dropout, bias=cfg.bias,
-    )  # fmt: skip
-    longest = max(split["longest_caption"] for split in meta["splits"].values())
-    if (need := size.prefix_length + longest) > cfg.block_size:
-        raise UserError(
-            f"block_size={cfg.block_size} is too short for a prefix of "
-            f"{size.prefix_length} and a caption of {longest}: set --block_size={need}"
-        )
-    return size
-
-
-def generators(place: Place) -> dict:
-    """The modules that hold the random states of training: the CPU's, the device's."""
-    return {"cpu": torch, place.kind: torch if place.kind == "cpu" else getattr(torch, place.kind)}
-
-
-def check_resumable(
-    state: dict, path, cfg: Config, size: dict, meta: dict, place: Place
-) -> list[str]:
-    """What differs from the run that wrote it. Raises UserError where it does not fit at all."""
-    if "optimizer" not in state:
-        raise UserError(f"{path} cannot be resumed from: it holds no optimizer; last.pt does")
-    sums = [{k: v["sha256"] for k, v in m["files"].items()} for m in (state["meta"], meta)]
-    if sums[0] != sums[1]:
-        files = [k for k in sums[1] if sums[0].get(k) != sums[1][k]]
-        raise UserError(
-            f"{path} was trained on another dataset: {', '.join(files) or 'files'} differ"
-        )
-    differ = [
-        f"{k} was {v}, is {size[k]}"
-        for k, v in state["model_config"].items()
-        if k != "dropout" and size.get(k) != v
-    ]
-    if differ:
-        raise UserError(f"{path} is of another architecture: {'; '.join(differ)}")
-    now, random = asdict(cfg), state["random"]
-    notes = [f"{k} was {v}, is {now[k]}" for k, v in state["config"].items()
-             if k != "resume" and now.get(k) != v]  # fmt: skip
-    if len(random) != place.world or place.kind not in random[0]:
-        then = f"{len(random)} x {' '.join(random[0])}"
-        notes.append(f"it was of {then}, this is {place.world} x {place.kind}: draws will differ")
-    return notes
-
-
-def set_aside(folder: Path) -> None:
-    """Moves the files of an earlier run, that is not to be resumed, to `folder`/previous."""
-    aside = folder / "previous"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name in ("ckpt.pt", "last.pt", "log.jsonl"):
-        if (folder / name).exists():
-            os.replace(folder / name, aside / name)
-    print(f"{folder} holds an earlier run: its files are now in {aside}; --resume goes on")
-
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 
 
 def main(cfg: Config) -> dict:
-    """Trains as `cfg` says. Returns the last evaluation's figures."""
-    place = Place(cfg.device, cfg.dtype)
+    """Train as `cfg` says. Return the last evaluation's figures."""
+    device = Device(cfg.device, cfg.dtype)
     keep_freed_memory()
-    scores = loop(cfg, place)
-    place.leave()
+    scores = train(cfg, device)
+    device.close()
     if scores is None:
         sys.exit(PREEMPTED)
     return scores
 
 
-def loop(cfg: Config, place: Place) -> dict | None:
-    """The last evaluation's figures; None if a signal stopped it."""
-    signals = Signals(echo=5.0 if place.world > 1 else 0.0)
-    train, val = Split(cfg.data_dir, "train"), Split(cfg.data_dir, "val")
-    meta, size = train.meta, model_config(cfg, train.meta, len(train.tokenizer))
-    micro = cfg.gradient_accumulation_steps
-    order = Order(cfg.seed, train.lengths, cfg.batch_size, place.world * micro)
-    best, last = cfg.run_dir / "ckpt.pt", cfg.run_dir / "last.pt"
+def train(cfg: Config, device: Device) -> dict | None:
+    """Train until `max_iters`. Return the last figures, or None if a signal stopped it.
 
-    torch.manual_seed(cfg.seed)
-    model = ClipLM(size).to(place.device)
-    torch.manual_seed(cfg.seed + place.rank)  # dropout differs by rank, the first weights do not
-    groups = model.optimizer_groups(cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=place.kind != "mps")
-    scaler = torch.amp.GradScaler(place.kind, enabled=place.dtype == torch.float16)
-    evaluate = Evaluation(val, cfg, place, model)
-    step, scored, scores, highest, bad = 0, 0, {}, (-1.0, 0.0), 0  # scored: the last step that was
-    state, notes = {}, []
-    if cfg.resume and last.is_file():
-        state = checkpoint.load(last)
-        notes = check_resumable(state, last, cfg, asdict(size), meta, place)
-        checkpoint.fill(model, state["model"], last)
-        own = optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        if len(state["random"]) == place.world:
-            for kind, module in generators(place).items():
-                if kind in state["random"][place.rank]:
-                    module.set_rng_state(state["random"][place.rank][kind])
-        step, scored, scores = state["step"], state["scored"], state["scores"]
-        highest = tuple(state["highest"])
-    average = Average(model, cfg.ema, state.pop("average", {}))
-    state.clear()  # of no more use, and large
-    if len(set(place.gather(step))) > 1:
-        raise UserError(f"{last} is not the same on every machine: all must share its folder")
-    if not cfg.resume and place.rank == 0 and last.is_file():
-        set_aside(cfg.run_dir)
-
-    wrapped = model
-    if compiles(cfg, place):
-        wrapped = torch.compile(wrapped, dynamic=True)
-    elif place.kind == "cuda" and cfg.compile is None:
-        notes.append("there is no compiler here, so torch.compile is off")
-    if place.world > 1:
-        wrapped = DistributedDataParallel(wrapped)
-    log = Log(cfg, place, model, step)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(
-        f"{count:.1f} M parameters, {len(train)} images, {order.per_epoch} steps an epoch, "
-        f"{place.world} x {place.device}, {place.dtype}"
-    )
-    if cfg.resume:
-        log.say(f"resumed from {last} at step {step}" if step else f"no {last} yet: from the start")
-    if step > cfg.max_iters:
-        notes.append(f"max_iters is {cfg.max_iters}: there is nothing left to do")
-    for name in ("features", "grid", "normalize", "lowercase"):
-        if (asked := getattr(cfg, name)) != meta[name]:
-            notes.append(f"{name} stays {meta[name]}, as {cfg.data_dir} has it, not {asked}")
-    for line in notes:
-        log.say(f"    note: {line}")
-
-    def save() -> None:
-        """last.pt, and ckpt.pt if this step's scores are the best: by CIDEr, then by loss."""
-        nonlocal highest
-        content = checkpoint.pack(
-            model, train.tokenizer, meta, asdict(cfg), step=step, scores=scores
-        )
-        random = place.gather({k: v.get_rng_state() for k, v in generators(place).items()})
-        if scores and scored == step and (scores["CIDEr"], -scores["val_loss"]) > highest:
-            highest = scores["CIDEr"], -scores["val_loss"]
-            if log.master:
-                with average.applied():
-                    checkpoint.save(best, content)
-        if log.master:
-            checkpoint.save(last, content | {
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "average": average.weights, "random": random, "scored": scored,
-                "highest": highest,
-            })  # fmt: skip
-
-    stream = batches(train, order, step, cfg.max_iters, place.rank, place.world, micro)
+    All that changes from step to step is in `training`: the weights, the optimizer, and Progress,
+    which says where the run is. A resumed run begins with those of last.pt and draws the same
+    batches, since a batch depends on the seed and the step alone (data.Order).
+    """
+    training = Training(cfg, device)
+    progress, log = training.progress, training.log
+    steps = range(progress.step, cfg.max_iters)
+    stream = batches(training.split, training.order, steps, device.rank, device.world,
+                     cfg.gradient_accumulation_steps)  # fmt: skip
     while True:
-        # -- evaluate and save; a signal cuts an evaluation off, and the next run begins with it
-        found, stopping = None, place.total(signals.asked)[0] > 0
-        if step > scored and (step % cfg.eval_interval == 0 or step >= cfg.max_iters):
-            with average.applied():
-                found = None if stopping else evaluate(signals)
-            stopping = not found
-        if found:
-            (scores, captions), scored = found, step
-            log.scores(step, scores, evaluate.show(captions, cfg.samples))
-        if found or stopping:
-            save()
-            log.begin()
-        if scored == step >= cfg.max_iters:
-            break
+        # -- evaluate and save. A scheduler that has sent a signal may not wait for an evaluation:
+        #    save at once; the resumed run begins with the evaluation that is due.
+        stopping = device.any(training.signals.asked)
+        scores = None
+        if is_evaluation_due(progress, cfg) and not stopping:
+            scores, samples = training.evaluator.evaluate(lambda: training.signals.asked)
+            stopping = scores is None
+        if scores:
+            progress.record(scores)
+            log.evaluation(progress.step, scores, samples)
+        if scores or stopping:
+            training.save()
+            log.restart_clock()
+        if progress.evaluated_at == progress.step >= cfg.max_iters:
+            log.close(training.best_path, progress.best)
+            return progress.scores
         if stopping:
-            log.track.close("KILLED")
-            log.say(f"stopped by a signal after step {step}: run again with --resume")
+            log.say(f"stopped by a signal after step {progress.step}: run again with --resume")
+            log.tracker.close("KILLED")
             return None
 
-        # -- learning rate
-        lr = learning_rate(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        # -- one update: learning rate, forward and backward, clip and step
+        lr = learning_rate(progress.step, cfg)
+        waiting_since = time.perf_counter()
+        micro_batches, counts = next(stream)
+        waited = time.perf_counter() - waiting_since
+        nll, norm = training.update(micro_batches, counts, lr)
+        progress.step += 1
+        training.average.update(progress.step)
 
-        # -- forward and backward, in micro-steps; the loss is the mean over the whole batch
-        asked_at = time.perf_counter()
-        parts, counts = next(stream)
-        waited = time.perf_counter() - asked_at
-        nll = torch.zeros((), device=place.device)
-        for i, part in enumerate(parts):
-            part = place.put(part)
-            if cfg.embedding_noise:
-                x = part["embeddings"].float()
-                x = F.normalize(x, dim=-1) if size.normalize else x  # the noise's scale is known
-                part["embeddings"] = x + cfg.embedding_noise * torch.randn_like(x)
-            silent = place.world > 1 and i < len(parts) - 1  # ranks exchange gradients once a step
-            with wrapped.no_sync() if silent else contextlib.nullcontext():
-                with place.autocast():
-                    loss = loss_sum(wrapped, part, cfg.label_smoothing)
-                scaler.scale(loss * (place.world / counts["targets"])).backward()
+        # -- log. The loss is summed over the ranks only when it is shown.
+        log.count(counts, waited)
+        if progress.step % cfg.log_interval == 0:
+            (nll,) = device.sum(nll.item())
+            log.line(progress.step, nll / counts["targets"], norm, lr)
+
+
+def is_evaluation_due(progress: Progress, cfg: Config) -> bool:
+    """Whether this step has an evaluation that has not been made: every eval_interval, and last.
+
+    A run that a signal stopped just before an evaluation finds it due when it is resumed.
+    """
+    if progress.step == progress.evaluated_at:
+        return False
+    return progress.step % cfg.eval_interval == 0 or progress.step >= cfg.max_iters
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Return the learning rate of a step, counted from 0.
+
+    Linear warmup, then half a cosine from learning_rate down to min_lr (Loshchilov & Hutter 2017,
+    arXiv:1608.03983), which is kept from lr_decay_iters on.
+    """
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    end = cfg.lr_decay_iters or cfg.max_iters
+    decayed = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
+    cosine = 0.5 * (1 + math.cos(math.pi * decayed))
+    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is trained
+
+
+class Training:
+    """All that a run needs: data, model, optimizer, evaluator and log, new or from last.pt.
+
+    The order in which they are made matters in one way: random numbers. The first weights depend
+    on the seed alone; after that each rank draws its own (dropout, noise), and on --resume the
+    states of the generators are restored last.
+    """
+
+    def __init__(self, cfg: Config, device: Device):
+        self.cfg, self.device = cfg, device
+        # torchrun passes on a signal that the scheduler may have sent to this process as well.
+        self.signals = Signals(echo=5.0 if device.world > 1 else 0.0)
+        self.split = Split(cfg.data_dir, "train")
+        validation = Split(cfg.data_dir, "val")
+        self.order = Order(cfg.seed, self.split.lengths, cfg.batch_size)
+        self.best_path = cfg.run_dir / "ckpt.pt"
+        self.last_path = cfg.run_dir / "last.pt"
+
+        # -- the model, the same on every rank, and its optimizer
+        torch.manual_seed(cfg.seed)
+        self.model = ClipLM(model_config(cfg, self.split.meta, len(self.split.tokenizer)))
+        self.model.to(device.torch_device)
+        torch.manual_seed(cfg.seed + device.rank)  # dropout differs by rank, first weights do not
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model, cfg.weight_decay), betas=(cfg.beta1, cfg.beta2),
+            fused=device.type != "mps",
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+        self.progress = Progress()
+        self.nonfinite = 0  # gradients in a row
+        self.notes: list[str] = []  # for the user, once there is a log
+
+        # -- resume, or make room for a new run
+        averaged: dict = {}
+        if cfg.resume and self.last_path.is_file():
+            averaged = self.resume()
+        self.average = Average(self.model, cfg.ema, averaged)
+        self.evaluator = Evaluator(self.average.model, validation, cfg, device)
+        if len(set(device.gather(self.progress.step))) > 1:
+            raise UserError(
+                f"{self.last_path} is not the same on every machine: all must share its folder"
+            )
+        if device.is_first and not cfg.resume and self.last_path.is_file():
+            checkpoint.move_earlier_run(cfg.run_dir)
+        # -- what forward passes of training go through. It shares the model's weights; evaluation
+        #    and checkpoints use the model itself, whose parameter names have no prefix.
+        self.wrapped = device.wrap(self.model, cfg.compile)
+        self.log = Log(cfg, device, self.model, self.progress.step)
+        self.introduce()
+
+    def update(
+        self, micro_batches: list[dict], counts: dict, lr: float
+    ) -> tuple[torch.Tensor, float]:
+        """Take one optimizer step. Return this rank's summed loss and the gradient's norm.
+
+        A gradient that is not finite is skipped, on all ranks alike. Raises UserError after 20 of
+        them in a row.
+        """
+        # -- forward and backward. Gradients add up over the micro-batches, which are processed one
+        #    after the other because they would not fit into memory together.
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        nll = torch.zeros((), device=self.device.torch_device)
+        for i, batch in enumerate(micro_batches):
+            batch = self.device.put(batch)
+            if self.cfg.embedding_noise:
+                batch["embeddings"] = self.add_noise(batch["embeddings"])
+            # DDP exchanges gradients at the end of every backward pass. Once per step is enough:
+            # the micro-batches before the last only add to the gradients of their own rank.
+            is_last = i == len(micro_batches) - 1
+            alone = self.device.world == 1 or is_last
+            with contextlib.nullcontext() if alone else self.wrapped.no_sync():
+                with self.device.autocast():
+                    loss = loss_sum(self.wrapped, batch, self.cfg.label_smoothing)
+                # The loss is the mean over all target tokens of the global batch, so that 1, 2 or
+                # 8 processes and any number of micro-steps compute the same update. Each part
+                # contributes its sum; DDP will divide by the number of ranks, which is undone here.
+                scale = self.device.world / counts["targets"]
+                self.scaler.scale(loss * scale).backward()
             nll += loss.detach()
 
-        # -- clip and step; a gradient that is not finite is skipped, on all ranks alike
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-        bad = 0 if math.isfinite(norm) else bad + 1
-        if not bad or scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-            scaler.step(optimizer)
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average.update(step)
-
-        # -- log
-        log.count(counts, waited)
-        if bad:
-            log.say(f"step {step}: the gradient is not finite, skipped")
-        if bad >= 20:
+        # -- clip and step. float16 gradients were scaled up to keep small ones from becoming 0,
+        #    and are scaled back before their norm is taken; otherwise the scaler does nothing.
+        self.scaler.unscale_(self.optimizer)
+        limit = self.cfg.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        self.nonfinite = 0 if math.isfinite(norm) else self.nonfinite + 1
+        if self.nonfinite:
+            self.log.say(f"step {self.progress.step + 1}: the gradient is not finite, skipped")
+        if self.nonfinite >= 20:
             raise UserError(
-                f"the gradient was not finite {bad} times in a row: lower learning_rate "
-                f"and go on from {last}"
+                f"the gradient was not finite {self.nonfinite} times in a row: lower "
+                f"learning_rate and resume from {self.last_path}"
             )
-        if step % cfg.log_interval == 0:
-            log.line(step, place.total(nll.item())[0] / counts["targets"], norm, lr)
-    log.bar.close()
-    if log.master:
-        log.track.artifact(best)
-        log.track.close()
-        print(f"best CIDEr {highest[0]:.4f} in {best}")
-    return scores
+        # The scaler skips such a step by itself, and lowers its scale.
+        if self.nonfinite == 0 or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return nll, norm
+
+    def add_noise(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Add Gaussian noise, a regulariser for small sets. Normalised embeddings are scaled to
+        length 1 first, so that the noise's size does not depend on the encoder."""
+        x = embeddings.float()
+        if self.model.cfg.normalize:
+            x = F.normalize(x, dim=-1)
+        return x + self.cfg.embedding_noise * torch.randn_like(x)
+
+    # -- last.pt and ckpt.pt --------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write last.pt, and ckpt.pt if this step's scores are the best so far.
+
+        ckpt.pt holds the averaged weights, if there are any: those that the scores belong to.
+        """
+        random = self.device.gather(self.device.random_states())
+        is_best = self.progress.is_best()
+        if not self.device.is_first:
+            return
+        rest = {"step": self.progress.step, "scores": self.progress.scores}
+        parts = (self.split.tokenizer, self.split.meta, asdict(self.cfg))
+        if is_best:
+            best = checkpoint.pack(self.average.model, *parts, **rest)
+            checkpoint.save(self.best_path, best)
+        averaged = self.average.model.state_dict() if self.cfg.ema else {}
+        last = checkpoint.pack(
+            self.model, *parts, **self.progress.as_dict(), random=random, average=averaged,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+        )  # fmt: skip
+        checkpoint.save(self.last_path, last)
+
+    def resume(self) -> dict:
+        """Continue from last.pt. Return its averaged weights.
+
+        Notes what differs from the run that wrote it, and raises UserError if that is the dataset
+        or the architecture.
+        """
+        state = checkpoint.load(self.last_path)
+        before = Meta.from_dict(state["meta"], f"{self.last_path}: meta")
+        checkpoint.refuse_other_run(
+            state, self.last_path, asdict(self.model.cfg), self.split.meta.changed_files(before)
+        )
+        self.notes += checkpoint.changed_settings(
+            state["config"], asdict(self.cfg), but=("resume", "downloads")
+        )
+        checkpoint.fill(self.model, state["model"], self.last_path)
+        own = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        random = state["random"]
+        if len(random) == self.device.world:
+            self.device.set_random_states(random[self.device.rank])
+        if len(random) != self.device.world or self.device.type not in random[0]:
+            wrote = f"{len(random)} x {' '.join(random[0])}"
+            now = f"{self.device.world} x {self.device.type}"
+            self.notes.append(f"checkpoint from {wrote}, now {now}: random numbers will differ")
+        self.progress = Progress.from_dict(state)
+        return state["average"]
+
+    def introduce(self) -> None:
+        """Say what is trained, where, and what the user may not expect."""
+        cfg, step = self.cfg, self.progress.step
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        self.log.say(
+            f"{millions:.1f} M parameters, {len(self.split)} images, {self.order.per_epoch} steps "
+            f"per epoch, {self.device.world} x {self.device.torch_device}, {self.device.dtype}"
+        )
+        if cfg.resume and step:
+            self.log.say(f"resumed from {self.last_path} at step {step}")
+        elif cfg.resume:
+            self.log.say(f"no {self.last_path} yet: starting from scratch")
+        if step > cfg.max_iters:
+            self.notes.append(f"max_iters is {cfg.max_iters}: there is nothing left to do")
+        for name in ("features", "grid", "normalize", "lowercase"):
+            asked, prepared = getattr(cfg, name), getattr(self.split.meta, name)
+            if asked != prepared:
+                self.notes.append(
+                    f"--{name}={asked} is ignored: {cfg.data_dir} was prepared with {prepared}"
+                )
+        for note in self.notes:
+            self.log.say(f"    note: {note}")
+
+
+def model_config(cfg: Config, meta: Meta, vocab_size: int) -> ModelConfig:
+    """Return the settings of the model. Raise UserError if block_size is too short."""
+    known = asdict(cfg) | {"vocab_size": vocab_size}
+    for name in ("features", "embedding_dim", "n_positions", "normalize"):
+        known[name] = getattr(meta, name)
+    config = ModelConfig(**{field.name: known[field.name] for field in fields(ModelConfig)})
+    longest = max(split["longest_caption"] for split in meta.splits.values())
+    needed = config.prefix_length + longest
+    if needed > cfg.block_size:
+        raise UserError(
+            f"block_size={cfg.block_size} is too short for a prefix of {config.prefix_length} "
+            f"and a caption of {longest}: set --block_size={needed}"
+        )
+    return config
+
+
+def optimizer_groups(model: ClipLM, weight_decay: float) -> list[dict]:
+    """Return parameter groups for AdamW. Matrices decay; biases and layer norms, which only shift
+    and scale, do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+class Average:
+    """A copy of the model whose weights are the exponential moving average of the model's.
+
+    Averaged weights caption better than those of any one step (Polyak & Juditsky 1992). They are
+    evaluated and shared, but never trained: training continues from the model's own.
+
+    Args:
+        decay: 0 turns it off: `model` is then the model itself.
+        weights: averaged weights to start from; empty: the model's own.
+    """
+
+    def __init__(self, model: ClipLM, decay: float, weights: dict):
+        self.decay, self.source, self.model = decay, model, model
+        if decay:
+            self.model = copy.deepcopy(model)
+            self.model.load_state_dict(weights or model.state_dict())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after `step` steps."""
+        if not self.decay:
+            return
+        decay = min(self.decay, step / (step + 9))  # a young average forgets faster
+        for average, own in zip(self.model.parameters(), self.source.parameters(), strict=True):
+            average.lerp_(own, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Evaluator:
+    """Loss over the validation split, and CIDEr of greedy captions of a fixed part of it.
+
+    Each rank takes every world-th batch and image. CIDEr weighs words by how many images of the
+    whole split have them in their references: from the part alone it would come out too high.
+    """
+
+    BATCH = 64  # images
+
+    def __init__(self, model: ClipLM, split: Split, cfg: Config, device: Device):
+        self.model, self.split, self.device = model, split, device
+        images = len(split)
+        chosen = np.linspace(0, images - 1, min(cfg.eval_images or images, images))
+        self.images = np.unique(chosen.astype(np.int64))  # spread evenly, the same every time
+        _, self.references = split.references()
+        self.cider = metrics.CiderD(self.references)  # document frequencies of the whole split
+        self.n_samples = cfg.samples
+
+    @torch.inference_mode()
+    def evaluate(self, should_stop: Callable[[], bool]) -> tuple[dict | None, list[str]]:
+        """Return the figures, the same on every rank, and sample captions to print.
+
+        The figures are None if any rank had to stop. They are: val_loss, nats per token;
+        shuffled_loss, the same with another image's embedding (if it is no higher, the model
+        ignores the image); CIDEr; distinct, the share of different captions among all.
+        """
+        self.model.eval()
+        nll, shuffled, targets = self.losses(should_stop)
+        own_captions = self.captions(should_stop)
+        self.model.train()
+        if self.device.any(should_stop()):
+            return None, []
+        nll, shuffled, targets = self.device.sum(nll, shuffled, targets)
+        by_rank = self.device.gather(own_captions)
+        world = self.device.world
+        captions = [by_rank[i % world][i // world] for i in range(len(self.images))]
+        scores = {
+            "val_loss": nll / targets,
+            "shuffled_loss": shuffled / targets,
+            "CIDEr": float(self.cider.score(self.images, captions).mean()),
+            "distinct": len(set(captions)) / len(captions),
+        }
+        return scores, self.samples(captions)
+
+    def losses(self, should_stop: Callable[[], bool]) -> tuple[float, float, float]:
+        """Return this rank's summed loss, the same with each embedding replaced by that of the
+        image before, and the number of targets."""
+        nll = shuffled = targets = 0.0
+        by_length = np.argsort(self.split.lengths, kind="stable")  # similar lengths pad little
+        rows = [by_length[i : i + self.BATCH] for i in range(0, len(by_length), self.BATCH)]
+        own = rows[self.device.rank :: self.device.world]
+        for batch in prefetch(self.split.pack, own):
+            if should_stop():
+                break
+            batch = self.device.put(batch)
+            other = batch | {"embeddings": batch["embeddings"].roll(1, 0)}
+            with self.device.autocast():
+                nll += loss_sum(self.model, batch).item()
+                shuffled += loss_sum(self.model, other).item()
+            targets += len(batch["targets"])
+        return nll, shuffled, targets
+
+    def captions(self, should_stop: Callable[[], bool]) -> list[str]:
+        """Return greedy captions of this rank's share of `images`."""
+        captions = []
+        own = self.images[self.device.rank :: self.device.world]
+        for i in range(0, len(own), self.BATCH):
+            if should_stop():
+                break
+            embeddings = self.split.embedding(own[i : i + self.BATCH])
+            embeddings = embeddings.to(self.device.torch_device)
+            with self.device.autocast():
+                best = generate(self.model, embeddings, self.split.tokenizer, Decoding())
+            captions += [self.split.tokenizer.decode(caption.ids) for (caption,) in best]
+        return captions
+
+    def samples(self, captions: list[str]) -> list[str]:
+        """Return some captions, each next to a reference."""
+        chosen = np.linspace(0, len(captions) - 1, min(self.n_samples, len(captions))).astype(int)
+        return [f"    {captions[i]}   ⟵ {self.references[self.images[i]][0]}" for i in chosen]
 
 
 if __name__ == "__main__":

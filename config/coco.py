@@ -4,15 +4,19 @@
     torchrun --nproc_per_node=8 train.py config/coco.py
     python sample.py --ckpt out/coco/ckpt.pt --split test --method beam
 
-113,287 training images, five captions each. Not measured here: it was never run on a GPU. Published
-for pooled features and a decoder trained from scratch: CIDEr .95 after cross-entropy.
+113,287 training images with five captions each. Not yet run on a GPU. Published results for pooled
+features and a decoder trained from scratch: CIDEr .95 after cross-entropy training.
 """
 
 dataset = "coco"
 source = "karpathy"
 captions = "downloads/coco/dataset_coco.json"
 images = "downloads/coco"
-downloads = "http://images.cocodataset.org/zips/train2014.zip downloads/coco/train2014 ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775; http://images.cocodataset.org/zips/val2014.zip downloads/coco/val2014 fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0; http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip downloads/coco/dataset_coco.json"
+downloads = [
+    "http://images.cocodataset.org/zips/train2014.zip downloads/coco/train2014 ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+    "http://images.cocodataset.org/zips/val2014.zip downloads/coco/val2014 fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+    "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip downloads/coco/dataset_coco.json",
+]
 clip = "openai/clip-vit-base-patch32"
 features = "pooled"
 lowercase = True

@@ -1,13 +1,11 @@
-"""
-How fast metrics.py is beside the COCO toolkit's Python classes, in one run, on the same tokens.
+"""Compare the speed of metrics.py with the COCO toolkit's Python classes, on the same tokens.
 
-$ python tests/bench_metrics.py                # needs pycocoevalcap; about a minute on one core
-$ python tests/bench_metrics.py --images 1000 --rounds 3
+    python tests/bench_metrics.py                # needs pycocoevalcap; a minute on one core
+    python tests/bench_metrics.py --images 1000 --rounds 3
 
-Captions are random, about ten words of a vocabulary that follows Zipf's law, with
-five references an image, and each prediction is a reference with a word exchanged. Rounds
-alternate between the two, and seconds are processor time, as others may share the machine.
-The last line is JSON.
+Captions are random, about ten words of a vocabulary that follows Zipf's law, with five references
+per image. Each prediction is a reference with one word exchanged. Rounds alternate between the
+two, and seconds are processor time, because others may share the machine. The last line is JSON.
 """
 
 import argparse
@@ -26,7 +24,7 @@ import metrics  # noqa: E402
 
 
 def make(images: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
-    """Hypotheses, and five references for each."""
+    """Return hypotheses, and five references for each."""
     rng = np.random.default_rng(seed)
     letters = list("abcdefghijklmnopqrstuvwxyz")
     vocabulary = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(9000)]
@@ -60,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
 
     hypotheses, groups = make(args.images)
     images = np.arange(args.images)
-    gts, res = dict(enumerate(groups)), {i: [h] for i, h in enumerate(hypotheses)}
+    gts = dict(enumerate(groups))
+    res = {i: [h] for i, h in enumerate(hypotheses)}
     times = {"toolkit": [], "ours": [], "compiled": []}
     for _ in range(args.rounds):
         start = time.process_time()

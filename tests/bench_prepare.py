@@ -1,13 +1,13 @@
-"""How fast prepare.py reads captions and encodes images. Not a test.
+"""Measures how fast prepare.py reads captions and encodes images. Not a test.
 
     python tests/bench_prepare.py                    # CSVs of 25,000 to 200,000 captions
     python tests/bench_prepare.py --most=3000000     # as many as CC3M has
     python tests/bench_prepare.py --images=FOLDER    # JPEGs, through a ViT-B of random weights
 
-The first runs prepare.py on each CSV and fits time and memory by a line, for 3 million captions.
-The second alternates the bare model on ready tensors with the whole path from files, start-up of
-the readers included. On a busy machine its wall-clock figures are worth little: then look
-at the CPU time of the model's own process, and at what a worker needs for an image.
+The first runs prepare.py on each CSV and extrapolates time and memory to 3 million captions, by a
+fitted line. The second alternates the model alone, on tensors in memory, with the whole path from
+files, including the start of the reading threads. On a busy machine, ignore the wall-clock figures:
+compare the process's CPU time, and the milliseconds that reading one image takes.
 """
 
 import os
@@ -23,8 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configurator import configure, run  # noqa: E402
-from encoder import Encoder, find_images  # noqa: E402
+from configurator import configure  # noqa: E402
+from parts.common import run  # noqa: E402
+from parts.encoder import Encoder, find_images  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def captions(cfg: Bench, folder: Path) -> None:
     words = np.array(["".join(rng.choice(list("abcdefghijklmnoprstuvw"), n))
                       for n in rng.integers(2, 10, 20_000)])  # fmt: skip
     often = 1 / np.arange(1, len(words) + 1)  # Zipf's law
-    found = []
+    results = []
     for n in (cfg.most // 8, cfg.most // 4, cfg.most // 2, cfg.most):
         with open(folder / "train.csv", "w") as file:
             print("image,caption", file=file)
@@ -63,10 +64,10 @@ def captions(cfg: Bench, folder: Path) -> None:
         _, status, usage = os.wait4(child.pid, 0)
         assert status == 0
         took, cpu = time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
-        found.append((n, took, cpu, usage.ru_maxrss / 1e6))
-        print(f"{n} captions, one an image: {took:.1f} s ({cpu:.1f} s of CPU), "
-              f"{found[-1][3]:.2f} GB", flush=True)  # fmt: skip
-    n, took, cpu, memory = np.array(found).T
+        results.append((n, took, cpu, usage.ru_maxrss / 1e6))
+        print(f"{n} captions, one per image: {took:.1f} s ({cpu:.1f} s of CPU), "
+              f"{results[-1][3]:.2f} GB", flush=True)  # fmt: skip
+    n, took, cpu, memory = np.array(results).T
     for name, values in (("s", took), ("s of CPU", cpu), ("GB", memory)):
         slope, base = np.polyfit(n, values, 1)
         print(f"3,000,000 captions, by the line through these: {base + slope * 3e6:.1f} {name}")
@@ -85,7 +86,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
     paths, n = find_images([cfg.images]), cfg.batch * cfg.batches
     files = [(paths[i % len(paths)],) for i in range(n)]
     batches = [files[i : i + cfg.batch] for i in range(0, n, cfg.batch)]
-    ready = [encoder.reader(batch)[0] for batch in batches]
+    ready = [encoder.read(batch)[0] for batch in batches]
     shares, own = [], []
     for i in range(cfg.rounds + 1):
         begin, cpu = time.perf_counter(), time.process_time()
@@ -103,7 +104,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
           f"bare model's speed; {np.mean(own):.1%} ± {np.std(own):.1%} by CPU time")  # fmt: skip
     begin = time.process_time()
     for batch in batches:
-        encoder.reader(batch)
+        encoder.read(batch)
     print(f"{encoder.device}, {cfg.layers} layers, patches of {cfg.patch}, {cfg.workers} workers, "
           f"{torch.get_num_threads()} threads; to read and resize an image takes "
           f"{1e3 * (time.process_time() - begin) / n:.1f} ms of CPU")  # fmt: skip

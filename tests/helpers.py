@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import write_array, write_meta, write_split
-from prepare import train_tokenizer
+from data import Meta, write_array, write_split
+from parts.sources import Record
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds after which a process that is waited for has failed
@@ -39,38 +39,66 @@ def flags(**changes) -> list[str]:
     return [f"--{k}={v}" for k, v in (SMALL | changes).items()]
 
 
-def tiny_records(n: int, first: int, rng: np.random.Generator) -> list[dict]:
-    """Images with one to four captions of two to eight words."""
-    return [
-        {
-            "id": first + i,
-            "file_name": f"{first + i}.png",
-            "captions": [
-                " ".join(rng.choice(WORDS, rng.integers(2, 9))) for _ in range(rng.integers(1, 5))
-            ],
-        }
-        for i in range(n)
-    ]
+def tiny_records(n: int, first: int, rng: np.random.Generator) -> list[Record]:
+    """Return images with one to four captions of two to eight words."""
+    records = []
+    for number in range(first, first + n):
+        captions = [
+            " ".join(rng.choice(WORDS, rng.integers(2, 9))) for _ in range(rng.integers(1, 5))
+        ]
+        records.append(Record(number, f"{number}.png", captions))
+    return records
 
 
 def tiny_dataset(folder: Path, images: int = 24, width: int = 16) -> Path:
     """Write train and val splits with random embeddings, (N, 1, width)."""
+    from prepare import train_tokenizer
+
     rng = np.random.default_rng(0)
     splits = {"train": tiny_records(images, 0, rng), "val": tiny_records(8, images, rng)}
     folder.mkdir(parents=True)
-    tokenizer = train_tokenizer([c for r in splits["train"] for c in r["captions"]], 64)
+    tokenizer = train_tokenizer([c for r in splits["train"] for c in r.captions], 64)
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     counts = {}
     for split, records in splits.items():
         embeddings = rng.standard_normal((len(records), 1, width)).astype(np.float16)
         write_array(folder / f"{split}_embeddings.npy", embeddings)
         counts[split] = write_split(folder, split, records, tokenizer)
-    write_meta(folder, {
-        "dataset": folder.name, "source": "test", "captions": "", "images": "", "encoder": "",
-        "features": "pooled", "grid": 0, "n_positions": 1, "embedding_dim": width,
-        "normalize": True, "lowercase": False, "vocab_size": len(tokenizer), "splits": counts,
-    })  # fmt: skip
+    meta = Meta(
+        dataset=folder.name, source="test", captions="", images="", encoder="", features="pooled",
+        grid=0, n_positions=1, embedding_dim=width, normalize=True, lowercase=False,
+        vocab_size=len(tokenizer), splits=counts,
+    )  # fmt: skip
+    meta.write(folder)
     return folder
+
+
+BOS, EOS, PAD = 1, 2, 0  # in `pack_by_loops`
+
+
+def pack_by_loops(images: list[list[list[int]]]) -> dict:
+    """Return packed rows made by plain loops, the oracle of `Split.pack`.
+
+    `images` holds the captions of each image as lists of ids.
+    """
+    width = max(sum(len(caption) + 1 for caption in captions) for captions in images)
+    rows: dict = {"tokens": [], "segments": [], "positions": []}
+    targets_at, targets = [], []
+    for b, captions in enumerate(images):
+        tokens, segments, positions = [], [], []
+        for r, caption in enumerate(captions):
+            for i, (token, target) in enumerate(zip([BOS, *caption], [*caption, EOS], strict=True)):
+                targets_at.append(b * width + len(tokens))
+                targets.append(target)
+                tokens.append(token)
+                segments.append(r + 1)
+                positions.append(i)
+        padding = width - len(tokens)
+        rows["tokens"].append(tokens + [PAD] * padding)
+        rows["segments"].append(segments + [99] * padding)
+        rows["positions"].append(positions + [0] * padding)
+    batch = {name: torch.tensor(row) for name, row in rows.items()}
+    return batch | {"targets_at": torch.tensor(targets_at), "targets": torch.tensor(targets)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,14 +247,14 @@ def descendants(pid: int) -> list[int]:
     return family
 
 
-def wait_for_steps(log: Path, n: int) -> None:
-    """Wait until a run has logged n steps."""
+def wait_for_steps(log: Path, n: int, *processes: subprocess.Popen) -> None:
+    """Wait until a run has logged n steps. Fail, with what it printed, if its processes end."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         if log.is_file() and log.read_text().count('"loss"') >= n:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {n} steps in {log}")
+    raise AssertionError(f"no {n} steps in {log}:\n" + "\n".join(map(stacks, processes)))
 
 
 def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""The benchmark: its contestants do the same work, and both modes run to their last line."""
+"""bench.py: its contestants do the same work, and both modes run to their last line."""
 
 import json
 
@@ -7,18 +7,18 @@ import pytest
 import torch
 
 import bench
-import checkpoint
-from configurator import UserError
 from data import Split
 from model import ClipLM, ModelConfig
+from parts import checkpoint
+from parts.common import UserError
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from more, and wait long on a busy machine."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that measure memory
+    """Use one thread: tiny tensors gain nothing from more, and on a busy machine they wait."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in the processes that measure memory
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,21 +27,23 @@ def one_thread(monkeypatch):
 
 def test_synthetic_captions_have_cocos_lengths():
     split = bench.Synthetic(ModelConfig(), 4000, 5)
-    lengths = np.diff(split.captions) - 1  # without bos
+    lengths = np.diff(split.caption_start) - 1  # without bos
     assert lengths.mean() == pytest.approx(12.2, abs=0.3)
     assert lengths.std() == pytest.approx(2.4, abs=0.3)
     assert lengths.min() >= 5 and 35 < lengths.max() <= 50
 
 
 def test_separate_examples_hold_what_packed_rows_hold():
-    split, rows = bench.Synthetic(ModelConfig(), 12, 5), np.array([7, 0, 11])
-    packed, separate = split.pack(rows), split.separate(split.captions_of(rows))
-    real = separate["targets"] >= 0
-    tokens = packed["tokens"].flatten()[packed["where"]]
-    assert torch.equal(separate["tokens"][real], tokens)
-    assert torch.equal(separate["targets"][real], packed["targets"])
+    split = bench.Synthetic(ModelConfig(), 12, 5)
+    images = np.array([7, 0, 11])
+    packed = split.pack(images)
+    separate = split.separate(split.captions_of(images))
+    is_real = separate["targets"] >= 0
+    tokens = packed["tokens"].flatten()[packed["targets_at"]]
+    assert torch.equal(separate["tokens"][is_real], tokens)
+    assert torch.equal(separate["targets"][is_real], packed["targets"])
     assert torch.equal(separate["embeddings"][::5], packed["embeddings"])
-    assert real.any(0).all()  # padded to the longest, not further
+    assert is_real.any(0).all()  # padded to the longest, not further
     assert split.separate(np.array([3]), 44)["tokens"].shape == (1, 44)
 
 
@@ -70,14 +72,14 @@ def test_decode_runs_and_the_captions_agree(here, capsys):
     model = ClipLM(size)
     for p in model.parameters():
         if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.8)  # no two tokens are nearly as likely
+            torch.nn.init.normal_(p, std=0.8)  # so that no two tokens are almost equally likely
     checkpoint.save(here / "ckpt.pt", checkpoint.pack(model, split.tokenizer, split.meta, {}))
     result = bench.main(["decode", "--ckpt", "ckpt.pt", "--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"bench": "decode", **result}
     for case in result["cases"]:
         assert case["same"] == 1.0
-        assert case["share_of_bound"]["median"] > 0
+        assert case["contestants"][0]["captions_per_s"]["median"] > 0
         names = [row["contestant"] for row in case["contestants"]]
         assert names[:2] == ["ours", "transformers"]
         assert ("without cache" in names) == (case["batch"] == 64)
@@ -90,6 +92,6 @@ def test_a_wrong_call_is_one_clear_line(capsys):
             bench.main(argv)
     with pytest.raises(SystemExit):
         bench.main(["decode"])
-    assert capsys.readouterr().err == "--ckpt: has no default, so give it\n"
+    assert capsys.readouterr().err == "--ckpt is required\n"
     with pytest.raises(UserError, match="no.pt not found"):
         bench.main(["decode", "--ckpt", "no.pt"])

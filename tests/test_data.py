@@ -6,40 +6,43 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_model import pack
+from helpers import pack_by_loops
 
-from configurator import UserError
-from data import Order, Split, batches, read_json, replacing, write_text
-
-
-def ids(split: Split, row: int) -> list[list[int]]:
-    """An image's captions, encoded anew from the references."""
-    return [split.tokenizer.encode(c) for c in split.references()[1][row]]
+from data import Order, Split, batches
+from parts.common import UserError, read_json, replacing, write_text
 
 
-def test_packing_is_what_plain_loops_make(here):
+def encoded(split: Split, image: int) -> list[list[int]]:
+    """Return an image's captions, encoded anew from the references."""
+    return [split.tokenizer.encode(caption) for caption in split.references()[1][image]]
+
+
+def test_packing_gives_what_plain_loops_give(here):
     split = Split(here / "data/tiny", "train")
-    rows = np.array([3, 0, 17, 5])
-    ours, oracle = split.pack(rows), pack([ids(split, i) for i in rows])
+    images = np.array([3, 0, 17, 5])
+    ours = split.pack(images)
+    oracle = pack_by_loops([encoded(split, i) for i in images])
     assert torch.equal(ours["targets"], oracle["targets"])
-    assert torch.equal(ours["embeddings"], torch.tensor(split.embeddings[rows]))
+    assert torch.equal(ours["embeddings"], torch.tensor(split.embeddings[images]))
     width = oracle["tokens"].size(1)
-    assert ours["tokens"].size(1) == width and torch.equal(ours["where"], oracle["where"])
+    assert ours["tokens"].size(1) == width
+    assert torch.equal(ours["targets_at"], oracle["targets_at"])
     for name in ("tokens", "segments", "positions"):
-        real = [t.flatten()[b["where"]] for t, b in ((ours[name], ours), (oracle[name], oracle))]
-        assert torch.equal(*real), name
-    padding = ours["segments"] == width + 1  # no caption's number, so that none sees it
-    assert padding.sum() == ours["tokens"].numel() - len(ours["targets"])
+        a, b = (batch[name].flatten()[batch["targets_at"]] for batch in (ours, oracle))
+        assert torch.equal(a, b), name
+    is_padding = ours["segments"] == width + 1  # no caption's number, so that none sees it
+    assert is_padding.sum() == ours["tokens"].numel() - len(ours["targets"])
 
 
-def test_every_image_and_caption_is_read_once_an_epoch(here):
+def test_every_image_and_caption_is_read_once_per_epoch(here):
     split = Split(here / "data/tiny", "train")
     order = Order(1, split.lengths, 6)
-    seen = np.concatenate([order.batch(s) for s in range(order.per_epoch)])
-    assert sorted(seen) == list(range(24))
-    targets = sum(c["targets"] for _, c in batches(split, order, 0, order.per_epoch))
+    epoch = range(order.per_epoch)
+    assert sorted(np.concatenate([order.batch(step) for step in epoch])) == list(range(24))
+    targets = sum(counts["targets"] for _, counts in batches(split, order, epoch))
     assert targets == len(split.tokens)
-    assert split.n_captions.sum() == len(split.captions) - 1 == sum(map(len, split.references()[1]))
+    captions = split.n_captions.sum()
+    assert captions == len(split.caption_start) - 1 == sum(map(len, split.references()[1]))
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
@@ -51,43 +54,43 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     assert one.batch(0).tolist() != one.batch(100).tolist()  # the next epoch
 
 
-def test_rows_of_like_length_share_a_batch():
-    """Of lengths spread as COCO's are, at most 6 % is padding; unsorted it is over 20 %."""
+def test_rows_of_similar_length_share_a_batch():
+    """With lengths like COCO's, less than 6 % of a batch is padding; unsorted, over 20 %."""
     lengths = np.random.default_rng(0).normal(62, 9, 20000).astype(int)
 
-    def padding(rows) -> float:
-        return 1 - sum(lengths[r].sum() for r in rows) / sum(
-            lengths[r].max() * len(r) for r in rows
-        )
+    def padding(batches) -> float:
+        real = sum(lengths[images].sum() for images in batches)
+        return 1 - real / sum(lengths[images].max() * len(images) for images in batches)
 
     order = Order(0, lengths, 64)
     assert padding([order.batch(s) for s in range(order.per_epoch)]) < 0.06
-    plain = np.random.default_rng(1).permutation(20000)[:19968].reshape(-1, 64)
-    assert padding(plain) > 0.2
+    unsorted = np.random.default_rng(1).permutation(20000)[:19968].reshape(-1, 64)
+    assert padding(unsorted) > 0.2
 
 
-@pytest.mark.parametrize("world, micro", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
-def test_ranks_and_micro_steps_cut_the_same_batch(here, world, micro):
+@pytest.mark.parametrize("world, micro_steps", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_ranks_and_micro_steps_share_the_same_batch(here, world, micro_steps):
     split = Split(here / "data/tiny", "train")
     order = Order(0, split.lengths, 8)
-    whole = next(batches(split, order, 2, 3))
-    parts = [next(batches(split, order, 2, 3, rank, world, micro)) for rank in range(world)]
-    assert all(counts == whole[1] for _, counts in parts)
-    cut = torch.cat([b["targets"] for packed, _ in parts for b in packed])
-    assert sorted(cut.tolist()) == sorted(whole[0][0]["targets"].tolist())
-    images = torch.cat([b["embeddings"] for packed, _ in parts for b in packed])
+    (whole,), whole_counts = next(batches(split, order, range(2, 3)))
+    shares = [next(batches(split, order, range(2, 3), rank, world, micro_steps))
+              for rank in range(world)]  # fmt: skip
+    assert all(counts == whole_counts for _, counts in shares)
+    targets = torch.cat([batch["targets"] for packed, _ in shares for batch in packed])
+    assert sorted(targets.tolist()) == sorted(whole["targets"].tolist())
+    images = torch.cat([batch["embeddings"] for packed, _ in shares for batch in packed])
     assert len(images) == 8 and len(images.unique(dim=0)) == 8
 
 
 def test_batches_start_anywhere_and_stop_early(here):
     split = Split(here / "data/tiny", "train")
     order = Order(0, split.lengths, 8)
-    from_start = [b["tokens"] for (b,), _ in batches(split, order, 0, 5)]
-    later = [b["tokens"] for (b,), _ in batches(split, order, 3, 5)]
+    from_start = [b["tokens"] for (b,), _ in batches(split, order, range(5))]
+    later = [b["tokens"] for (b,), _ in batches(split, order, range(3, 5))]
     assert all(torch.equal(a, b) for a, b in zip(from_start[3:], later, strict=True))
-    stream = batches(split, order, 0, 10**9)
+    stream = batches(split, order, range(10**9))
     next(stream)
-    stream.close()  # the thread ends too, else this test would never return
+    stream.close()  # ends the thread too, or this test would never return
 
 
 def test_an_error_in_the_thread_reaches_the_loop(here):
@@ -95,28 +98,25 @@ def test_an_error_in_the_thread_reaches_the_loop(here):
     order = Order(0, split.lengths, 8)
     split.embeddings = split.embeddings[:0]
     with pytest.raises(IndexError):
-        list(batches(split, order, 0, 3))
+        list(batches(split, order, range(3)))
 
 
 @pytest.mark.parametrize(
     "file", ["tokenizer.model", "train.json", "train_embeddings.npy", "train_tokens.npy",
              "train_offsets.npy"]
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["missing", "truncated", "swapped", "edited"])
-def test_a_file_that_is_not_as_written_is_named(here, file, how):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "swapped", "edited"])
+def test_a_file_that_is_not_as_written_is_named(here, file, damage):
     folder = here / "data/tiny"
     path = folder / file
     content = path.read_bytes()
-    if how == "missing":
+    if damage == "missing":
         path.unlink()
-    elif how == "truncated":
+    elif damage == "truncated":
         path.write_bytes(content[:-1])
-    elif how == "swapped":
-        path.write_bytes(
-            (
-                folder / ("val.json" if "train" not in file else file.replace("train", "val"))
-            ).read_bytes()
-        )
+    elif damage == "swapped":
+        other = file.replace("train", "val") if "train" in file else "val.json"
+        path.write_bytes((folder / other).read_bytes())
     else:
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])

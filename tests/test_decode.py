@@ -14,9 +14,9 @@ import torch
 from scipy.stats import chisquare
 
 from bench import Recomputing, as_gpt2, their_captions
-from configurator import UserError
-from decode import Decoding, draw, forbid, generate
+from decode import Decoding, generate, mask_forbidden, sample_token
 from model import ClipLM, ModelConfig
+from parts.common import UserError
 
 PAD, BOS, EOS, UNK = range(4)
 IDS = SimpleNamespace(
@@ -172,7 +172,7 @@ def plain_beam_search(model, embedding, cfg: Decoding) -> list[tuple[float, list
         extended = []
         for total, ids in beams:
             logp = recomputed(model, embedding, ids)[-1:]
-            forbid(logp, torch.tensor([ids], dtype=torch.long), IDS, cfg)
+            mask_forbidden(logp, torch.tensor([ids], dtype=torch.long), IDS, cfg)
             extended += [(total + x, [*ids, i]) for i, x in enumerate(logp[0].tolist())]
         extended.sort(reverse=True)
         for total, ids in extended[: cfg.beams]:
@@ -280,11 +280,11 @@ def test_sampled_frequencies_fit_the_distribution(options):
 def test_a_draw_inverts_the_distribution():
     logits = torch.tensor([[0.1, 0.5, 0.0, 0.4]]).log().expand(6, 4)
     uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.5999, 0.6001, 1 - 2**-24], dtype=torch.float64)
-    assert draw(logits, uniform, Decoding(method="sample")).tolist() == [0, 0, 1, 1, 3, 3]
-    kept = Decoding(method="sample", top_k=2)  # the likeliest first: 5/9 and 4/9
-    assert draw(logits, uniform, kept).tolist() == [1, 1, 1, 3, 3, 3]
+    assert sample_token(logits, uniform, Decoding(method="sample")).tolist() == [0, 0, 1, 1, 3, 3]
+    kept = Decoding(method="sample", top_k=2)  # the most likely first: 5/9 and 4/9
+    assert sample_token(logits, uniform, kept).tolist() == [1, 1, 1, 3, 3, 3]
     kept = Decoding(method="sample", top_p=0.45)  # the first alone reaches it
-    assert draw(logits, uniform, kept).tolist() == [1] * 6
+    assert sample_token(logits, uniform, kept).tolist() == [1] * 6
 
 
 def test_filters_that_keep_one_token_are_greedy():
@@ -352,24 +352,26 @@ def test_where_only_the_end_is_left_min_len_yields():
 
 @pytest.mark.parametrize(
     "settings, says",
-    [({"method": "top_k"}, "method=top_k is none of greedy, sample"),
-     ({"method": "beam", "beams": 0}, "beams=0"),
-     ({"method": "sample", "top_p": 0.0}, "top_p=0.0 is not in (0, 1]"),
-     ({"method": "sample", "top_p": 1.5}, "top_p=1.5"),
-     ({"method": "sample", "top_p": math.nan}, "top_p=nan"),
-     ({"method": "sample", "top_k": -1}, "top_k=-1 is negative"),
-     ({"method": "sample", "temperature": 0.0}, "temperature=0.0 is not above 0"),
-     ({"method": "sample", "temperature": -1.0}, "temperature=-1.0"),
-     ({"method": "sample", "n_best": 0}, "n_best=0"),
-     ({"method": "sample", "seed": -1}, "seed=-1"),
-     ({"method": "beam", "length_penalty": math.nan}, "length_penalty=nan"),
-     ({"n_best": 2}, "greedy finds only 1"),
-     ({"method": "beam", "beams": 3, "n_best": 4}, "beam finds only 3"),
-     ({"max_len": 0}, "max_len=0"),
-     ({"min_len": 8, "max_len": 7}, "min_len=8 is not in 0..max_len=7"),
-     ({"no_repeat_ngram": -1}, "no_repeat_ngram=-1"),
-     ({"top_p": 0.9}, "do nothing to greedy: method=sample"),
-     ({"method": "beam", "temperature": 0.5}, "do nothing to beam")],
+    [({"method": "top_k"}, "method: expected one of greedy sample beam, got `top_k`"),
+     ({"method": "beam", "beams": 0}, "beams: expected 1 <= beams <= 1000, got `0`"),
+     ({"method": "sample", "top_p": 0.0}, "top_p: expected a number above 0, got `0`"),
+     ({"method": "sample", "top_p": 1.5}, "top_p: expected 0 <= top_p <= 1, got `1.5`"),
+     ({"method": "sample", "top_p": math.nan}, "top_p: expected 0 <= top_p <= 1, got `nan`"),
+     ({"method": "sample", "top_k": -1}, "top_k: expected 0 <= top_k"),
+     ({"method": "sample", "temperature": 0.0}, "temperature: expected a number above 0"),
+     ({"method": "sample", "temperature": -1.0}, "temperature: expected 0 <= temperature"),
+     ({"method": "sample", "temperature": math.inf}, "temperature: expected 0 <= temperature"),
+     ({"method": "sample", "n_best": 0}, "n_best: expected 1 <= n_best"),
+     ({"method": "sample", "seed": -1}, "seed: expected 0 <= seed"),
+     ({"method": "beam", "length_penalty": math.nan}, "length_penalty: expected -10 <="),
+     ({"n_best": 2}, "n_best: expected at most 1 with --method=greedy, got `2`"),
+     ({"method": "beam", "beams": 3, "n_best": 4}, "n_best: expected at most 3 with --method=beam"),
+     ({"max_len": -1}, "max_len: expected 0 <= max_len"),
+     ({"min_len": 8, "max_len": 7}, "min_len: expected at most max_len=7, got `8`"),
+     ({"no_repeat_ngram": -1}, "no_repeat_ngram: expected 0 <= no_repeat_ngram"),
+     ({"top_p": 0.9}, "top_p: does nothing without --method=sample"),
+     ({"length_penalty": 1.0}, "length_penalty: does nothing without --method=beam"),
+     ({"method": "beam", "temperature": 0.5}, "temperature: does nothing without --method=sample")],
     ids=str,
 )  # fmt: skip
 def test_bad_settings_are_one_clear_line(settings, says):
@@ -382,6 +384,11 @@ def test_what_does_not_fit_the_block_is_one_clear_line():
     model, embeddings = peaked(), images(1)  # a block of 24, 3 of them prefix
     with pytest.raises(UserError, match="max_len=22 exceeds the 21 tokens that block_size"):
         generate(model, embeddings, IDS, Decoding(max_len=22))
+    with pytest.raises(UserError, match="min_len: expected at most max_len=21"):
+        generate(model, embeddings, IDS, Decoding(min_len=30))
+    assert generate(model, embeddings, IDS, Decoding()) == generate(
+        model, embeddings, IDS, Decoding(max_len=21)
+    )
     with pytest.raises(UserError, match="prompt has 6 tokens, max_len=6 leaves none"):
         generate(model, embeddings, IDS, Decoding(max_len=6), prompt="4 5 6 7 8 9")
     generate(model, embeddings, IDS, Decoding(max_len=21), prompt="4 " * 20)

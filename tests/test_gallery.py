@@ -1,4 +1,4 @@
-"""The gallery: its data in Python, its page in a real headless Chromium at two widths."""
+"""The gallery: its data in Python, its page in headless Chromium at two widths."""
 
 import base64
 import io
@@ -10,9 +10,10 @@ import time
 import urllib.request
 
 import pytest
+from helpers import outcome
 
 import gallery
-from configurator import UserError
+from parts.common import UserError
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u2028&amp;"
 DOT = base64.b64decode(  # a PNG of one pixel
@@ -83,52 +84,77 @@ def test_images_are_embedded_as_they_are_or_as_thumbnails(tmp_path):
     assert (tmp_path / "a #1_files" / "00000.png").read_bytes() == DOT
 
 
-def test_attention_survives_its_packing_and_a_grid_is_told_from_its_size():
+def test_attention_survives_packing_and_a_grid_is_recognised_by_its_size():
     weights = [[0.5, 0.25, 0.0, 0.125], [0.0, 0.0, 0.0, 0.0], [float("nan"), 0.1, 0.2, 0.3]]
-    packed = gallery.packed(weights, None)
+    packed = gallery.pack_attention(weights, None)
     scaled = list(base64.b64decode(packed["bytes"]))
     for i, row in enumerate(weights):
         for p, weight in enumerate(row):
-            found = scaled[4 * i + p] / 255 * packed["largest"][i]
-            assert found == pytest.approx(0 if weight != weight else weight, abs=0.5 / 255)
-    assert [gallery.side_of(P) for P in (1, 10, 16, 17, 36, 37, 38, 49, 50)] == [
-        0, 0, 4, 4, 6, 6, 0, 7, 7
-    ]  # fmt: skip
-    assert gallery.packed([[0.1] * 10], 3)["grid"] == 3  # where the entry says so
-    assert gallery.packed([[0.1] * 50], 0)["grid"] == 0
+            unpacked = scaled[4 * i + p] / 255 * packed["largest"][i]
+            assert unpacked == pytest.approx(0 if weight != weight else weight, abs=0.5 / 255)
+
+    def grid(P, given=None):
+        return gallery.pack_attention([[0.1] * P], given)["grid"]
+
+    assert list(map(grid, (1, 10, 16, 17, 36, 37, 38, 49, 50))) == [0, 0, 4, 4, 6, 6, 0, 7, 7]
+    assert grid(10, given=3) == 3  # if the entry says so
+    assert grid(50, given=0) == 0
+    assert grid(16, given=5) == 0 and grid(16, given=-4) == 0
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"image_id": 1}, "entry 1 lacks"),
-        ("text", "entry 1 lacks"),
-        ({"image_id": 1, "caption": None}, "expected caption to be a string"),
-        ({"image_id": 1, "caption": "x", "references": "x"}, "expected references to be a list"),
-        ({"image_id": 1, "caption": "x", "scores": {"cider": "1"}}, "expected scores to be"),
-        ({"image_id": 1, "caption": "x", "n_best": [{"caption": "x"}]}, "expected n_best to be"),
-        ({"image_id": 1, "caption": "x", "facts": {"stated": []}}, "expected facts to be"),
-        ({"image_id": 1, "caption": "x", "attention": [[1], [1, 2]]}, "expected attention to be"),
+        ({"image_id": 1}, "lacks image_id or caption"),
+        ("text", "lacks image_id or caption"),
+        ({"image_id": 1, "caption": None}, "caption is malformed"),
+        ({"image_id": [1], "caption": "x"}, "image_id is malformed"),
+        ({"image_id": 1, "caption": "x", "file_name": 1}, "file_name is malformed"),
+        ({"image_id": 1, "caption": "x", "references": "x"}, "references is malformed"),
+        ({"image_id": 1, "caption": "x", "references": None}, "references is malformed"),
+        ({"image_id": 1, "caption": "x", "tokens": [1]}, "tokens is malformed"),
+        ({"image_id": 1, "caption": "x", "logprobs": [None]}, "logprobs is malformed"),
+        ({"image_id": 1, "caption": "x", "scores": {"cider": "1"}}, "scores is malformed"),
+        ({"image_id": 1, "caption": "x", "scores": [1]}, "scores is malformed"),
+        ({"image_id": 1, "caption": "x", "n_best": [{"caption": "x"}]}, "n_best is malformed"),
+        ({"image_id": 1, "caption": "x", "facts": {"stated": []}}, "facts is malformed"),
+        ({"image_id": 1, "caption": "x", "attention": [[1], [1, 2]]}, "attention is malformed"),
+        ({"image_id": 1, "caption": "x", "attention": [1, 2]}, "attention is malformed"),
+        ({"image_id": 1, "caption": "x", "attention": [[10**400]]}, "attention is malformed"),
+        ({"image_id": 1, "caption": "x", "grid": "6"}, "grid is malformed"),
     ],
 )
-def test_what_cannot_be_shown_is_named(entry, message):
+def test_what_cannot_be_shown_is_one_line(tmp_path, capfd, entry, message):
+    source = tmp_path / "results.json"
+    source.write_text(json.dumps([{"image_id": 0, "caption": "fine"}, entry]))
+    status, _, err = outcome("gallery.py", [str(source)], capfd)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert err.startswith(f"{source}: entry 1") and message in err
+    assert not (tmp_path / "gallery.html").exists()
     with pytest.raises(UserError, match=message):
-        gallery.check([{"image_id": 0, "caption": "fine"}, entry])
+        gallery.write(json.loads(source.read_text()), tmp_path / "gallery.html")
 
 
-def test_the_command_reads_a_plain_coco_file_and_reports_mistakes(tmp_path, capsys):
+def test_the_command_reads_a_plain_coco_file_and_reports_mistakes(tmp_path, capfd):
     source = tmp_path / "results.json"
     source.write_text(json.dumps([{"image_id": 42, "caption": "a dog", "score": 0.5}]))
-    gallery.main(gallery.GalleryConfig(str(source)))
-    assert data_of(tmp_path / "gallery.html")["images"] == [
-        {"image_id": 42, "caption": "a dog", "src": ""}
-    ]
+    assert outcome("gallery.py", [str(source)], capfd)[0] == 0
+    assert data_of(tmp_path / "gallery.html") == {
+        "title": str(source),
+        "images": [{"image_id": 42, "caption": "a dog", "src": ""}],
+    }
     for text, message in (("{", "not valid JSON"), ("[]", "expected a list"), ("{}", "a list")):
         source.write_text(text)
         with pytest.raises(UserError, match=message):
             gallery.main(gallery.GalleryConfig(str(source)))
     with pytest.raises(UserError, match="not found"):
-        gallery.read(str(tmp_path / "absent.json"))
+        gallery.main(gallery.GalleryConfig(str(tmp_path / "absent.json")))
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    entry = {"image_id": 1, "caption": "x", "logprobs": [float("nan"), float("-inf"), -1.23456]}
+    gallery.write([entry], tmp_path / "page.html")
+    assert data_of(tmp_path / "page.html")["images"][0]["logprobs"] == [None, None, -1.2346]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +326,7 @@ def look_around(browser, entries, width):
 
 
 def test_five_thousand_images_open_in_under_three_seconds(tmp_path):
-    """With thumbnails beside the page; of three times the best, for the machine may be busy."""
+    """With thumbnails next to the page. The best of three, as the machine may be busy."""
     image_module = pytest.importorskip("PIL.Image", reason="needs requirements-clip.txt")
     if not shutil.which("chromedriver"):
         pytest.skip("no chromedriver: apt-get install chromium chromium-driver")

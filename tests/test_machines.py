@@ -96,7 +96,7 @@ def test_two_machines_train_and_survive_a_killed_worker(hosts, tmp_path, monkeyp
 
     succeed(launch(hosts, 29701, *long, "--out_dir=whole", workers=workers))
     runs = launch(hosts, 29702, *long, "--out_dir=parts", "--resume", workers=workers)
-    wait_for_steps(Path("parts/log.jsonl"), 50)
+    wait_for_steps(Path("parts/log.jsonl"), 50, *runs)
     os.kill(children(runs[1].pid)[0], signal.SIGKILL)
     succeed(runs)
     assert log_of("parts")[-1]["step"] == 120

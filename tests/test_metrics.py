@@ -1,24 +1,27 @@
-"""
-metrics.py against the COCO toolkit (pycocoevalcap and its Java programs) and its published scores.
+"""metrics.py against the COCO toolkit (pycocoevalcap and its Java programs) and published scores.
 
-The toolkit's example data lie in shared/coco_eval beside the checkout; tests that need them, the
-toolkit, or Java are skipped where those are absent.
+Tests that need the toolkit, Java, or the toolkit's example data (shared/coco_eval next to the
+checkout) are skipped if those are absent.
 """
 
 import csv
 import gc
 import gzip
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sacrebleu
+from helpers import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
+from parts.common import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COCO = SHARED / "coco_eval"
@@ -37,7 +40,7 @@ def no_java(monkeypatch):
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # the published scores
 
 
@@ -45,10 +48,11 @@ def no_java(monkeypatch):
 def test_scores_equal_the_toolkits():
     expected = json.loads((COCO / "reference_scores.json").read_text())
     references, _ = metrics.read_references(REFERENCES)
-    hypotheses, counts = metrics.read_predictions(PREDICTIONS, references)
+    hypotheses, not_text = metrics.read_predictions(PREDICTIONS, references)
     meteor = metrics.java_missing() is None
     corpus, per_image = metrics.score(hypotheses, references, meteor=meteor)
-    assert counts["images"] == 1000 and counts["references"] == 5005
+    assert len(hypotheses) == 1000 and not not_text
+    assert sum(len(references[i]) for i in hypotheses) == 5005
     for name in metrics.NAMES[:6] + metrics.NAMES[6:] * meteor:
         assert abs(corpus[name] - expected["corpus"][name]) < 1e-5, name
         off = [abs(per_image[i][name] - expected["per_image"][str(i)][name]) for i in hypotheses]
@@ -63,7 +67,7 @@ def test_java_tokens_give_the_same_scores():
     assert metrics.score(hypotheses, references) == metrics.score(hypotheses, references, java=True)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # tokens
 
 
@@ -83,7 +87,7 @@ def test_tokens_of_coco_equal_javas(half):
 @needs_java
 @pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="needs shared/flickr8k")
 def test_tokens_of_flickr8k_equal_javas():
-    """No rule of the tokenizer was made for these captions."""
+    """The tokenizer's rules were made without these captions."""
     data = json.loads((SHARED / "flickr8k" / "dataset_flickr8k.json").read_text())
     captions = [s["raw"] for image in data["images"] for s in image["sentences"]]
     java = metrics.java_tokenize(captions)
@@ -134,7 +138,7 @@ SCRIPTS = {  # captions, as Java leaves them
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tokens_of_many_scripts(script):
-    """Signs that are characters of their own once cut Hindi and Thai words into letters."""
+    """Combining marks, being characters of their own, once cut Hindi and Thai words to pieces."""
     caption, tokens = SCRIPTS[script]
     assert " ".join(metrics.tokenize(caption)) == tokens
 
@@ -200,7 +204,7 @@ def test_odd_input_never_shifts_a_line():
     assert scores[0] == scores[-1] > max(scores[1:-1])
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # the toolkit's Python classes, on random sets
 
 vocabulary = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
@@ -224,7 +228,7 @@ def test_random_sets_score_as_in_the_toolkit(images):
     expected, expected_each = Bleu(4).compute_score(gts, res, verbose=0)
     for name, scorer in (("ROUGE_L", Rouge()), ("CIDEr", Cider())):
         if name == "CIDEr" and not any(map(any, references.values())):
-            continue  # the toolkit fails where there is no reference word at all
+            continue  # the toolkit fails if there is no reference word at all
         mean, each = scorer.compute_score(gts, res)
         expected, expected_each = [*expected, mean], [*expected_each, each]
     for name, mean, each in zip(metrics.NAMES, expected, expected_each, strict=False):
@@ -262,8 +266,9 @@ def test_document_frequencies_of_another_set(images, data):
     counted.compute_doc_freq()
     theirs.document_frequency = counted.document_frequency
     expected = theirs.compute_cider()
-    for source in (training, metrics.CiderD(training)):
-        compiled = metrics.CiderD(references, document_frequencies=source)
+    source = metrics.CiderD(training)
+    for frequencies in (source, metrics.CiderD(references, document_frequencies=source)):
+        compiled = metrics.CiderD(references, document_frequencies=frequencies)
         ours = compiled.score(range(len(images)), hypotheses)
         np.testing.assert_allclose(ours, expected, atol=1e-9)
 
@@ -280,11 +285,11 @@ def test_corpus_bleu_is_sacrebleus(images):
             tokenize="none", force=True, smooth_method="none", max_ngram_order=n
         )
         theirs = scorer.corpus_score(list(hypotheses), padded)
-        if all(theirs.counts):  # where sacrebleu gives 0, the toolkit gives something very small
+        if all(theirs.counts):  # where sacrebleu gives 0, the toolkit gives something tiny
             assert corpus[n - 1] == pytest.approx(theirs.score / 100, abs=1e-6)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # the compiled form, and parts of a split
 
 REFS = {
@@ -318,13 +323,15 @@ def test_the_end_token_punishes_a_caption_that_breaks_off():
 def test_what_cannot_be_scored_raises():
     for hypotheses, references, message in [
         ({}, REFS, "no captions"),
-        ({9: "a"}, REFS, "lack references.*9"),
-        ({1: "a"}, {1: []}, "lack references.*1"),
+        ({9: "a"}, REFS, "no references for 1 captions .*9"),
+        ({1: "a"}, {1: []}, "no references for 1 captions .*1"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             metrics.score(hypotheses, references)
-    with pytest.raises(ValueError, match="image 1 has no references"):
+    with pytest.raises(UserError, match="image 1 has no references"):
         metrics.CiderD([["a"], []])
+    with pytest.raises(UserError, match="no references"):
+        metrics.CiderD([])
     with pytest.raises(ValueError, match="2 captions, 1 images"):
         metrics.CiderD([["a"]]).score([0], ["a", "b"])
     with pytest.raises(ValueError, match="end token"):
@@ -338,14 +345,14 @@ def test_the_signature_tells_scores_apart():
         metrics.signature(HYPS, more),
         metrics.signature(HYPS, REFS, java=True),
         metrics.signature(HYPS, REFS, meteor=True),
-        metrics.signature(HYPS, REFS, document_frequencies=more),
+        metrics.signature(HYPS, REFS, document_frequencies=metrics.CiderD(list(more.values()))),
         metrics.signature({3: "a"}, REFS),
     }
     assert len(signatures) == 6
     assert "|tok:ptb-regex|refs:1-3|df:references(3)|" in metrics.signature(HYPS, REFS)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # the command
 
 
@@ -365,69 +372,99 @@ def rows(hypotheses):
     return [{"image_id": i, "caption": c, "logprob": -1.5} for i, c in hypotheses.items()]
 
 
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def scored(capfd, *args):
+    """Return the JSON of the command's last line, and all that it printed."""
+    status, out, err = outcome("metrics.py", list(args), capfd)
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1]), out
 
 
-def test_command_scores_json_and_csv_alike(tmp_path, references, capsys, no_java):
+def test_command_scores_json_and_csv_alike(tmp_path, references, capfd, no_java):
     expected, _ = metrics.score(HYPS, REFS)
-    metrics.main([write(tmp_path, "p.json", rows(HYPS)), references])
-    out = last_line(capsys)
-    assert {name: out[name] for name in metrics.NAMES} == expected and out["METEOR"] is None
-    assert out["signature"] == metrics.signature(HYPS, REFS)
+    from_json, _ = scored(capfd, write(tmp_path, "p.json", rows(HYPS)), references)
+    assert {name: from_json[name] for name in metrics.NAMES} == expected
+    assert from_json["METEOR"] is None
+    assert from_json["signature"] == metrics.signature(HYPS, REFS)
 
     with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
         header = ["image_id", "file_name", "caption", "references", "bleu", "rouge_l", "cider"]
         writer = csv.writer(file)
         writer.writerows([header, *([i, f"{i}.jpg", c, "", 0, 0, 0] for i, c in HYPS.items())])
-    metrics.main([str(tmp_path / "p.csv"), references])
-    assert last_line(capsys) == out
+    assert scored(capfd, str(tmp_path / "p.csv"), references)[0] == from_json
 
 
-def test_command_reports_what_it_found(tmp_path, references, capsys, no_java):
-    metrics.main([write(tmp_path, "p.json", rows({1: " ...", "2": None})), references])
-    out, _ = capsys.readouterr()
-    counts = json.loads(out.splitlines()[-1])["counts"]
-    assert counts["images"] == 2 and counts["references_without_predictions"] == 1
-    assert counts["empty_captions"] == 1 and counts["not_text"] == 1
-    assert "requirements-coco.txt" in out and "--df scored" in out
+def test_command_reports_what_the_files_hold(tmp_path, references, capfd, no_java):
+    predictions = write(tmp_path, "p.json", rows({1: " ...", "2": None}))
+    line, out = scored(capfd, predictions, references)
+    assert line["counts"] == {
+        "images": 2, "references": 5, "references_without_predictions": 1, "empty_captions": 1,
+        "not_text": 1, "references_not_text": 0,
+    }  # fmt: skip
+    assert "requirements-coco.txt" in out and "--df=scored" in out
 
 
-def test_command_takes_document_frequencies_from_elsewhere(tmp_path, references, capsys, no_java):
+def test_command_takes_document_frequencies_from_elsewhere(tmp_path, references, capfd, no_java):
     predictions = write(tmp_path, "p.json", rows({1: HYPS[1], 2: HYPS[2]}))
     part = {i: REFS[i] for i in (1, 2)}
-    metrics.main([predictions, references, "--df", "scored"])
-    out = last_line(capsys)
-    assert out["CIDEr"] == metrics.score({1: HYPS[1], 2: HYPS[2]}, part)[0]["CIDEr"]
-    assert "df:given(2)" in out["signature"]
-    metrics.main([predictions, references, "--df", references])
-    assert "df:given(3)" in last_line(capsys)["signature"]
+    line, _ = scored(capfd, predictions, references, "--df", "scored")
+    assert line["CIDEr"] == metrics.score({1: HYPS[1], 2: HYPS[2]}, part)[0]["CIDEr"]
+    assert "df:given(2)" in line["signature"]
+    line, _ = scored(capfd, predictions, references, f"--df={references}")
+    assert line["CIDEr"] == metrics.score({1: HYPS[1], 2: HYPS[2]}, REFS)[0]["CIDEr"]
+    assert "df:given(3)" in line["signature"]
+
+
+@needs_java
+def test_java_tokenizes_the_captions_whose_document_frequencies_count(
+    tmp_path, references, capfd, monkeypatch
+):
+    predictions = write(tmp_path, "p.json", rows(HYPS))
+    by_java, _ = scored(capfd, predictions, references, "--java", "--df=scored")
+    assert "tok:ptb-java" in by_java["signature"] and by_java["METEOR"] is not None
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # METEOR once is enough
+    plain, _ = scored(capfd, predictions, references)
+    names = [name for name in metrics.NAMES if name != "METEOR"]
+    assert [by_java[name] for name in names] == [plain[name] for name in names]
 
 
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        (rows(HYPS) + rows({2: "again"}), "1 duplicates .for example 2."),
-        (rows({**HYPS, 77: "a"}), "1 without references .for example 77."),
+        (rows(HYPS) + rows({2: "again"}), "1 images have several captions .for example '2'."),
+        (rows({**HYPS, 77: "a"}), "no references for 1 of 4 predictions .for example '77'."),
         ([], "holds no captions"),
         ({"captions": []}, "holds no captions"),
         ([{"image_id": 1}], "entry 0 lacks image_id or caption"),
-        ([{"image_id": [1], "caption": "a"}], "entry 0: image_id is no number or text"),
-        ("[{", "p.json is not JSON in UTF-8"),
+        ([{"image_id": [1], "caption": "a"}], "image_id of entry 0 must be a number or a string"),
+        ("[{", "p.json is not valid JSON"),
         (None, "p.json not found"),
     ],
 )
-def test_command_stops_with_one_clear_line(tmp_path, references, predictions, message, no_java):
+def test_command_stops_with_one_clear_line(tmp_path, references, predictions, message, capfd):
     path = str(tmp_path / "p.json")
     if predictions is not None:
         write(tmp_path, "p.json", predictions)
-    with pytest.raises(SystemExit, match=message) as stop:
-        metrics.main([path, references])
-    assert str(stop.value).startswith("metrics.py: ") and "\n" not in str(stop.value)
+    status, out, err = outcome("metrics.py", [path, references], capfd)
+    assert status == 1 and not out
+    assert err.startswith(path) and re.search(message, err) and len(err.splitlines()) == 1
 
 
-def test_command_without_java_says_how_to_get_it(tmp_path, references, no_java):
-    with pytest.raises(
-        SystemExit, match="METEOR and --java need java: install .*requirements-coco"
-    ):
-        metrics.main([write(tmp_path, "p.json", rows(HYPS)), references, "--java"])
+@pytest.mark.parametrize("content", [b"image_id,caption\n1,\xff", b"image_id\n1", b""])
+def test_command_stops_at_a_csv_that_is_none(tmp_path, references, content, capfd):
+    path = tmp_path / "p.csv"
+    path.write_bytes(content)
+    status, _, err = outcome("metrics.py", [str(path), references], capfd)
+    assert status == 1 and err.startswith(f"{path}") and len(err.splitlines()) == 1
+
+
+def test_command_takes_a_caption_of_any_length_from_a_csv(tmp_path, references, capfd, no_java):
+    """By default, Python's csv module ends a caption at 131,072 characters."""
+    predictions = write(tmp_path, "p.csv", "image_id,caption\n1," + "a" * 200_000)
+    assert scored(capfd, predictions, references)[0]["counts"]["images"] == 1
+
+
+def test_command_without_java_says_how_to_get_it(tmp_path, references, capfd, no_java):
+    args = [write(tmp_path, "p.json", rows(HYPS)), references, "--java"]
+    status, _, err = outcome("metrics.py", args, capfd)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert re.search("METEOR and --java need java: install .*requirements-coco", err)

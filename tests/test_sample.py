@@ -24,13 +24,13 @@ from helpers import (
     wait,
 )
 
-import checkpoint
 import metrics
 import prepare
 import sample
 import train
-from configurator import Config, UserError
+from configurator import Config
 from data import Split
+from parts.common import UserError
 from sample import SampleConfig
 
 
@@ -87,25 +87,26 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
     if not Path("parts/p.json").exists():  # it was quicker than the kill only on a fast machine
         with open(partial, "a") as file:
             file.write('{"image_id": 9, "capt')  # as a kill within a write leaves it
-        assert "going on after" in run(*args, "--out_json=parts/p.json")
+        assert "resuming after" in run(*args, "--out_json=parts/p.json")
     for name in ("p.json", "p.csv"):
         assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
     assert not partial.exists()
 
 
 def test_other_settings_do_not_go_on_from_anothers_captions(trained):
-    partial = sample.Partial(Path("p.partial.jsonl"), {"seed": 1})
-    partial.add([{"image_id": 1}])
-    assert sample.Partial(Path("p.partial.jsonl"), {"seed": 1}).done == [{"image_id": 1}]
-    assert sample.Partial(Path("p.partial.jsonl"), {"seed": 2}).done == []
+    sample.Results(Path("p.json"), {"seed": 1}).add([{"image_id": 1}])
+    assert sample.Results(Path("p.json"), {"seed": 1}).entries == [{"image_id": 1}]
+    assert sample.Results(Path("p.json"), {"seed": 2}).entries == []
 
 
 def test_attention_maps_are_what_the_model_computes(trained):
     """Rows of the softmax: with the share that goes to the caption itself they sum to one."""
-    model, tokenizer = checkpoint.build(checkpoint.load("out/tiny/ckpt.pt"), "ckpt.pt")
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", device="cpu")
+    captioner = sample.Captioner(cfg)
+    model, tokenizer = captioner.model, captioner.tokenizer
     split = Split(trained / "data/tiny", "val")
     embeddings, ids = torch.tensor(split.embeddings[:2]), [[5, 6, 7], [8]]
-    maps = sample.attention_maps(model, embeddings, ids, tokenizer.bos)
+    maps = captioner.attention(embeddings, ids)
     assert [len(m) for m in maps] == [3, 1] and all(len(row) == 2 for m in maps for row in m)
     assert all(0 < sum(row) < 1 for m in maps for row in m)
     layer = model.transformer.h[-1].attn  # the first token sees the prefix and bos alone
@@ -130,10 +131,16 @@ def test_attention_of_a_caption_that_fills_the_block(trained):
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--split=val", "--method=magic"], "method=magic is none of greedy"),
-        (["--split=val", "--method=beam", "--beams=0"], "beams=0"),
-        (["--split=val", "--method=sample", "--top_p=0"], "top_p=0"),
-        (["--split=val", "--method=sample", "--temperature=-1"], "temperature=-1"),
+        (
+            ["--split=val", "--method=magic"],
+            "--method: expected one of greedy sample beam",
+        ),
+        (["--split=val", "--method=beam", "--beams=0"], "--beams: expected 1 <= beams"),
+        (["--split=val", "--method=sample", "--top_p=0"], "--top_p: expected a number above 0"),
+        (
+            ["--split=val", "--method=sample", "--temperature=-1"],
+            "--temperature: expected 0 <=",
+        ),
         (["--split=val", "--prompt=" + "dog " * 50], "prompt has"),
         (["--split=nope"], "no split `nope`; it has: train, val"),
         ([], "give either --split"),
@@ -148,12 +155,15 @@ def test_mistakes_are_one_line(trained, args, says):
 
 NOTHING = "does nothing without"
 IDLE = [  # what would have been ignored, or found out after all work
-    (dict(length_penalty=1.0), "beams and length_penalty do nothing to greedy: method=beam"),
-    (dict(top_k=5), "temperature, top_k and top_p do nothing to greedy: method=sample"),
+    (dict(length_penalty=1.0), "length_penalty: does nothing without --method=beam"),
+    (dict(top_k=5), "top_k: does nothing without --method=sample"),
     (dict(split="", image=("x",), java=True), f"java: {NOTHING} --split"),
-    (dict(split="", image=("x",), attention=True), f"attention: {NOTHING} --gallery or --out_json"),
+    (dict(split="", image=("x",), attention=True), f"attention: {NOTHING} --gallery or"),
     (dict(track="mlflow"), f"track: {NOTHING} --gallery"),
-    (dict(prompt="a \u732b"), "the prompt `a \u732b` has characters that no caption had"),
+    (
+        dict(prompt="a \u732b"),
+        "the prompt `a \u732b` contains characters the tokenizer has never seen",
+    ),
     (dict(ckpt="out/tiny"), "out/tiny is a folder: give a checkpoint in it"),
     (dict(out_json="out"), "out is a folder: give the name of a file"),
 ]
@@ -222,7 +232,7 @@ def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch, capsys):
         assert p["caption"] == q["caption"] and p["path"] == q["path"]
         assert f"{p['path']}: {p['caption']}\n" in out
     shutil.move("clip", "moved")
-    with pytest.raises(UserError, match="clip=./clip: no such folder; --clip=FOLDER tells where"):
+    with pytest.raises(UserError, match="clip=./clip: no such folder"):
         sample.main(cfg)
     sample.main(replace(cfg, clip="moved"))
     assert capsys.readouterr().out.count(".png: ") == 8
@@ -264,4 +274,4 @@ def test_another_encoder_is_refused_with_both_named(seen, tmp_path, kind, monkey
     with pytest.raises(UserError) as error:
         sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", image=("photos",), clip=str(tmp_path)))
     assert f"{tmp_path} gives pooled embeddings of 1 x {width} ({kind})" in str(error.value)
-    assert "out/tiny/ckpt.pt needs 1 x 24 (clip) as of ./clip" in str(error.value)
+    assert "out/tiny/ckpt.pt needs 1 x 24 (clip), from ./clip" in str(error.value)

@@ -1,12 +1,12 @@
-"""Tracking: what was sent is read back through MLflow; a tracker that fails stops nothing."""
+"""Tracking: what was sent is read back from MLflow, and a tracker that fails stops nothing."""
 
 import importlib.util
 import sys
 
 import pytest
 
-from configurator import UserError
-from track import Tracker
+from parts.common import UserError
+from parts.tracking import Tracker
 
 needs_mlflow = pytest.mark.skipif(
     importlib.util.find_spec("mlflow") is None,
@@ -31,14 +31,14 @@ def test_without_mlflow_the_error_names_the_requirements(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """An MLflow database in an empty folder, as the default is where training runs."""
+    """An MLflow database in an empty working directory, as by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @needs_mlflow
-def test_a_run_is_read_back_and_a_server_that_is_away_stops_nothing(
+def test_a_run_is_read_back_and_an_unreachable_server_stops_nothing(
     store, tmp_path, monkeypatch, capsys
 ):
     from mlflow import MlflowClient
@@ -53,17 +53,25 @@ def test_a_run_is_read_back_and_a_server_that_is_away_stops_nothing(
 
     resumed = Tracker("mlflow", {"seed": 1338}, tmp_path / "out", "shapes", resume=True)
     resumed.log({"step": 30, "loss": float("nan")})
-    fine = resumed.client.log_batch
+    log_batch = resumed.client.log_batch
+    attempts = []
 
-    def away(*args, **named):
-        raise ConnectionError("the server\nis away")
+    def unreachable(run_id, metrics):
+        attempts.append(metrics[-1].step)
+        raise ConnectionError("the server\nis unreachable")
 
-    monkeypatch.setattr(resumed.client, "log_batch", away)
+    monkeypatch.setattr(resumed.client, "log_batch", unreachable)
     resumed.log({"step": 40, "loss": 1.5})
     resumed.log({"step": 50, "loss": 1.25})
-    monkeypatch.setattr(resumed.client, "log_batch", fine)
-    resumed.close()  # sends what has waited
-    warning = "tracking failed, training goes on: the server is away"
+    assert attempts == [40]  # step 50 did not wait for another time-out
+    monkeypatch.setattr(resumed.client, "log_batch", log_batch)
+    resumed.log({"step": 60, "loss": 1.0})
+    assert len(resumed.waiting) == 3
+    resumed.log({"step": 60, "val_loss": 2.0})  # an evaluation sends what has waited
+    assert not resumed.waiting
+    resumed.log({"step": 70, "loss": 0.5})
+    resumed.close()  # so does the end
+    warning = "tracking failed, training continues: the server is unreachable"
     assert [line for line in capsys.readouterr().err.splitlines() if "failed" in line] == [warning]
 
     client = MlflowClient()
@@ -73,7 +81,7 @@ def test_a_run_is_read_back_and_a_server_that_is_away_stops_nothing(
     assert run.data.params == {"seed": "1337", "compile": "None"}
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history if m.step != 30] == [
-        (10, 3.5), (20, 2.5), (40, 1.5), (50, 1.25)
+        (10, 3.5), (20, 2.5), (40, 1.5), (50, 1.25), (60, 1.0), (70, 0.5)
     ]  # fmt: skip
     assert [m.value for m in client.get_metric_history(run.info.run_id, "CIDEr")] == [0.5]
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"ckpt.pt", "samples"}
@@ -84,7 +92,7 @@ def test_a_run_is_read_back_and_a_server_that_is_away_stops_nothing(
 
 @needs_mlflow
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nothing://x"])
-def test_a_run_that_cannot_be_started_is_one_line_and_training_goes_on(
+def test_a_run_that_cannot_be_started_is_one_line_and_training_continues(
     tmp_path, monkeypatch, capsys, uri
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -93,4 +101,4 @@ def test_a_run_that_cannot_be_started_is_one_line_and_training_goes_on(
     tracker.artifact("ckpt.pt")
     tracker.close()
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and err[0].startswith("tracking failed, training goes on: ")
+    assert len(err) == 1 and err[0].startswith("tracking failed, training continues: ")

@@ -1,0 +1,1 @@
+"""What serves the scripts at the root and holds no modelling."""

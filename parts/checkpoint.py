@@ -1,0 +1,166 @@
+"""Checkpoints: written whole, loaded without running anything, checked before they are used.
+
+ckpt.pt  to share: weights, model settings, tokenizer, the dataset's meta.json, config, scores.
+last.pt  to resume from: that plus optimizer, gradient scaler, average, random states, Progress.
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from parts.common import UserError, replacing
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is: saved in last.pt and resumed whole."""
+
+    step: int = 0  # steps taken
+    evaluated_at: int = 0  # step of the last evaluation
+    scores: dict = field(default_factory=dict)  # of that evaluation
+    best: tuple[float, float] = (-1.0, 0.0)  # CIDEr and -val_loss of ckpt.pt's
+
+    def record(self, scores: dict) -> None:
+        """Note an evaluation of this step."""
+        self.evaluated_at = self.step
+        self.scores = scores
+
+    def is_best(self) -> bool:
+        """Whether this step's scores beat the best so far, by CIDEr and then by loss; if so, they
+        are the best from now on."""
+        if not self.scores or self.evaluated_at != self.step:
+            return False
+        candidate = (self.scores["CIDEr"], -self.scores["val_loss"])
+        if candidate <= self.best:
+            return False
+        self.best = candidate
+        return True
+
+    def as_dict(self) -> dict:
+        """Return the entries of last.pt."""
+        return {
+            "step": self.step,
+            "scored": self.evaluated_at,
+            "scores": self.scores,
+            "highest": self.best,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Progress":
+        best = tuple(content["highest"])
+        return cls(content["step"], content["scored"], content["scores"], best)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def pack(model: nn.Module, tokenizer, meta, config: dict, **rest) -> dict:
+    """Return the content of ckpt.pt: a ClipLM, its Tokenizer, its dataset's Meta, and the rest."""
+    return {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "model_config": asdict(model.cfg),
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
+        "meta": asdict(meta),
+        "config": config,
+        **rest,
+    }
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint; the previous one stays until the new one is whole."""
+    with replacing(path) as part, open(part, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch.save hides the OSError behind its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load(path: Path | str) -> dict:
+    """Return the content of a checkpoint, on the CPU.
+
+    Every record's CRC is checked, which PyTorch's reader does not do, and `weights_only` keeps a
+    foreign file from running code. Raises UserError for a file that is damaged, or not ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a checkpoint in it, such as {path}/ckpt.pt")
+    if not path.is_file():
+        raise UserError(
+            f"{path} not found: train.py writes it, run `python train.py config/<name>.py`"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"{path} is damaged (in {broken}): use another copy")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than weights and settings: not loaded") from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, KeyError,
+            TypeError, AttributeError, OSError) as error:  # fmt: skip
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a nanoCaption checkpoint of format {FORMAT}")
+    types = {"model": dict, "model_config": dict, "tokenizer": torch.Tensor, "meta": dict,
+             "config": dict}  # fmt: skip
+    for key, expected in types.items():
+        if not isinstance(content.get(key), expected):
+            raise UserError(f"{path} has no usable `{key}`: not a nanoCaption checkpoint")
+    return content
+
+
+def fill(model: nn.Module, weights: dict, path: Path | str) -> None:
+    """Load weights into the model, all of them and no others. Raise UserError if they don't fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: its weights do not fit its settings: {reason}") from None
+
+
+def refuse_other_run(content: dict, path: Path, model_config: dict, changed_files: list) -> None:
+    """Raise UserError if last.pt cannot be resumed by this run: another dataset or model.
+
+    Args:
+        content: what last.pt holds.
+        model_config: this run's settings of the model, as a dict.
+        changed_files: the dataset's files that are not those it was trained on.
+    """
+    if "optimizer" not in content:
+        raise UserError(f"{path} cannot be resumed: it holds no optimizer; last.pt does")
+    if changed_files:
+        raise UserError(f"{path} was trained on another dataset: {', '.join(changed_files)} differ")
+    changed = changed_settings(content["model_config"], model_config, but=("dropout",))
+    if changed:
+        raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")
+
+
+def changed_settings(before: dict, now: dict, but: tuple[str, ...]) -> list[str]:
+    """Return a line for each setting that differs, apart from some."""
+    return [
+        f"{name} was {value}, is {now.get(name)}"
+        for name, value in before.items()
+        if name not in but and now.get(name) != value
+    ]
+
+
+def move_earlier_run(folder: Path) -> None:
+    """Move the files of an earlier run, which is not resumed, to `folder`/previous."""
+    previous = folder / "previous"
+    previous.mkdir(exist_ok=True)
+    for name in ("ckpt.pt", "last.pt", "log.jsonl"):
+        (previous / name).unlink(missing_ok=True)
+        if (folder / name).exists():
+            os.replace(folder / name, previous / name)
+    print(f"{folder} holds an earlier run: moved its files to {previous}; --resume continues it")

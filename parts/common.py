@@ -1,0 +1,186 @@
+"""What every script needs: errors of one line, files that appear whole, and prefetching."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+
+def printable(text: str) -> str:
+    """Escape control characters, so that a message stays on one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class UserError(Exception):
+    """A user's mistake: what is wrong, where, and what to do, without a traceback."""
+
+    def __str__(self):
+        return printable(super().__str__())
+
+
+def run(main, *args):
+    """Call `main(*args)`, as every script does.
+
+    A user's mistake, a full disk or a file that cannot be opened prints one line and exits with
+    status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        return main(*args)
+    except UserError as error:
+        line, status = error, 1
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # only a write to a full disk does not name its file
+        prefix = "" if error.filename is None else f"{error.filename}: "
+        line, status = UserError(f"{prefix}{error.strerror}"), 1
+    print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that appear whole or not at all
+
+
+@contextlib.contextmanager
+def naming(path: Path | str, part: Path | None = None) -> Iterator[None]:
+    """Add `path` to errors that name no file, as a full disk's, or that name `part`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or part and str(error.filename) == str(part):
+            error.filename = str(path)
+        raise
+
+
+def sync(file) -> None:
+    """Write an open file's content to the disk, not only to the system's cache."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path; when all went well, put it in the place of `path`, on disk.
+
+    A killed process leaves the temporary file behind. Its name is fixed, so the next run
+    overwrites it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with naming(path, part):
+            yield part
+            with open(part, "rb+") as file:
+                sync(file)
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # it is in place, or the folder is read-only
+            part.unlink()
+    with contextlib.suppress(OSError):  # the new name, too, where the system can sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a whole text file."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def append(path: Path | str, text: str) -> None:
+    """Add text to a file's end.
+
+    The file is closed each time: text left in a buffer would meet a full disk once more when
+    Python ends, with a traceback.
+    """
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_json(path: Path | str, hint: str = ""):
+    """Return the content of a JSON file. Raise UserError, with `hint`, if there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found{hint and ': '}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_log(path: Path | str) -> list[dict]:
+    """Return the rows of a log.jsonl, each with its step; a torn last line is left out.
+
+    Raise UserError for any other line that train.py did not write.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} not found: train.py writes it")
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number == len(lines) - 1:
+                break
+            raise UserError(f"{path}:{number}: not a line of train.py's log") from None
+        rows.append(row)
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file's size and of at most 256 blocks spread over it.
+
+    It covers all of a file up to 16 MiB, and takes a moment for a file of any size.
+    """
+    size, block = path.stat().st_size, 1 << 16
+    sha = hashlib.sha256(str(size).encode())
+    blocks = -(-size // block)
+    with open(path, "rb") as file:
+        for i in np.linspace(0, blocks - 1, min(blocks, 256)).astype(np.int64).tolist():
+            file.seek(i * block)
+            sha.update(file.read(block))
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def prefetch(function: Callable, items: Iterable, threads: int = 1) -> Iterator:
+    """Yield function(item) for each item, in order; threads compute the next ones meanwhile.
+
+    With 0 threads, nothing is computed ahead. An error is raised where its result was due.
+    """
+    if threads == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            results: deque = deque()
+            for item in items:
+                results.append(pool.submit(function, item))
+                if len(results) > 2 + 2 * threads:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
+        finally:  # after an error, or when nobody asks for more
+            pool.shutdown(cancel_futures=True)

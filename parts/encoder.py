@@ -1,0 +1,313 @@
+"""The frozen image encoder: image files -> embeddings, through transformers' CLIP or SigLIP.
+
+    encoder = Encoder("openai/clip-vit-base-patch32", "pooled")
+    embeddings = encoder([read_image("dog.jpg")])                    # (1, 1, 512) float16
+
+`pooled` is one projected embedding per image, the one that CLIP compares with text. `grid` is the
+class token (SigLIP has none) and every patch after the last layer norm, optionally averaged down
+to grid x grid patches. Embeddings are stored unnormalized: `model.ClipLM` normalizes them.
+Needs the extras: pip install -r requirements-clip.txt
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from parts.common import UserError, prefetch
+
+# ---------------------------------------------------------------------------------------------
+# Reading image files
+
+
+class BadImage(Exception):
+    """An image that cannot be read, or not read correctly; its text is the reason."""
+
+
+# Formats that Pillow decodes by itself: to open EPS, for one, it would start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .avif".split())
+LARGEST = 1 << 28  # bytes of a file
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+NARROWEST = 200  # longer : shorter side; resizing to CLIP's height multiplies the memory by it
+# Pillow's warnings would interrupt the progress bar; those that matter become a BadImage.
+warnings.filterwarnings("ignore", module="PIL")
+# What Pillow raises on broken images, and transformers on broken models.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError)
+BROKEN += (ArithmeticError, MemoryError, RuntimeError, struct.error, zlib.error)
+
+
+def read_image(path: Path | str, offset: int = 0, size: int = -1):
+    """Return the image in a file, or in `size` bytes of it from `offset`, as an upright RGB image.
+
+    Applies EXIF rotation, flattens transparency onto white, scales 16 bits to 8, and takes an
+    animation's first frame. Size and format are checked before any pixel is decoded. Raise
+    BadImage, or UserError if the reading fails and not the image: no permission, a bad disk.
+    """
+    from PIL import Image, ImageOps, PngImagePlugin
+
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a colour profile may be large
+    data = read_bytes(path, offset, size)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+        if max(width, height) > NARROWEST * min(width, height):
+            raise BadImage(f"{width} x {height} pixels: too narrow")
+        image.load()
+        with contextlib.suppress(*BROKEN):  # a broken EXIF tag is ignored
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+            image = to_8_bits(image)
+        transparent = image.info.get("transparency")  # for RGB, Pillow keeps the high bits only
+        if isinstance(transparent, tuple) and max(transparent) > 255:
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        if image.mode in ("I", "F"):
+            raise BadImage(f"32-bit pixels (mode {image.mode}), whose range is unknown")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"no image in a known format ({' '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # more than twice as many
+        raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except BROKEN as error:
+        raise BadImage(f"broken: {error or type(error).__name__}") from None
+
+
+def read_bytes(path: Path | str, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a file, or all of it if size is negative. Raise as `read_image`."""
+    if size < 0 or size > LARGEST:
+        size = LARGEST + 1
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        if error.errno in MISSING:
+            raise BadImage(error.strerror) from None
+        raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
+    if not data:
+        raise BadImage("empty file")
+    if len(data) > LARGEST:
+        raise BadImage(f"more than {LARGEST >> 20} MiB")
+    return data
+
+
+def to_8_bits(image):
+    """Return a grey image of 16 bits (in a TIFF also 9 to 15) with 8 bits, opaque or with alpha."""
+    from PIL import Image
+
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # BitsPerSample
+    values = np.asarray(image)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack((grey, alpha), -1))
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """Return the files among `paths`, and the images in folders among them, sorted by name.
+
+    Raise UserError if a path does not exist, or if a folder holds no image or cannot be read.
+    """
+
+    def unreadable(error: OSError):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    images = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            images.append(path)
+            continue
+        inside = sorted(
+            Path(folder, name)
+            for folder, _, names in os.walk(path, onerror=unreadable)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES
+        )
+        if not inside:
+            raise UserError(f"{path}: no images in it ({' '.join(SUFFIXES)})")
+        images += inside
+    return images
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+TOWERS = {  # model type -> class in transformers, whether it has a class token
+    "clip": ("CLIPVisionModelWithProjection", True),
+    "siglip": ("SiglipVisionModel", False),
+}
+
+
+def extras() -> None:
+    """Raise UserError if a package that an encoder needs is missing."""
+    try:
+        import PIL  # noqa: F401 - the processor needs it, and says so only in use
+        import transformers  # noqa: F401
+    except ImportError as error:
+        need = "pip install -r requirements-clip.txt"
+        raise UserError(f"{error.name} is missing: {need}") from None
+
+
+def load_tower(name: str):
+    """Return (processor, model in eval mode, "clip" or "siglip") of a model name or a folder.
+
+    Raise UserError if they cannot be loaded.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    folder = os.path.expanduser(name)
+    if name.startswith((".", "/", "~", "assets/")) and not Path(folder).is_dir():
+        raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
+    transformers.logging.set_verbosity_error()  # it would advise to install torchvision
+    transformers.logging.disable_progress_bar()
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+        kind = model_type.removesuffix("_vision_model")
+        if kind not in TOWERS:
+            raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
+        model, info = getattr(transformers, TOWERS[kind][0]).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    except (*BROKEN, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"clip={name} could not be loaded: {reason}") from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"clip={name} lacks weights: {missing}")
+    return processor, model.eval(), kind
+
+
+class Encoder:
+    """A CLIP or SigLIP vision tower, in float32; on CUDA its layers run in float16 (autocast).
+
+    Args:
+        name: a transformers model name, or a folder in its format.
+        features: "pooled" or "grid".
+        grid: for grid features, patches per side after average pooling; 0 keeps them all.
+
+    embedding_dim is D and n_positions P of the (B, P, D) that a call returns; kind is "clip" or
+    "siglip". Raise UserError if the extras are missing or the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, features: str = "pooled", grid: int = 0, device: str = "cpu"):
+        if not name:
+            raise UserError("clip: expected a model's name or folder, got nothing")
+        extras()
+        processor, model, self.kind = load_tower(name)
+        self.name = name
+        self.features = features
+        self.grid = grid
+        self.device = torch.device(device)
+        self.processor = processor
+        self.model = model.to(self.device)
+        self.tower = getattr(model, "vision_model", model)
+        self.has_class = TOWERS[self.kind][1]
+        config = model.config
+        self.side = config.image_size // config.patch_size
+        if grid > self.side:
+            raise UserError(f"grid={grid}: {name} has only {self.side} x {self.side} patches")
+        self.embedding_dim = config.hidden_size
+        self.n_positions = self.has_class + (grid or self.side) ** 2
+        if features == "pooled":
+            self.n_positions = 1
+            if self.has_class:
+                self.embedding_dim = config.projection_dim
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        normal = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
+        mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in normal)
+        self.mean, self.std = (x.to(self.device) / scale for x in (mean, std))  # of 8-bit pixels
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights and of the processor's settings."""
+        sha = hashlib.sha256(self.processor.to_json_string().encode())
+        for value in self.model.state_dict().values():
+            sha.update(value.cpu().numpy())
+        return sha.hexdigest()
+
+    def pixels(self, images: list) -> torch.Tensor:
+        """Return RGB PIL images as (B, 3, H, W) uint8, resized and cropped for the model."""
+        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        # Without input_data_format, it would guess wrong for images 3 pixels high.
+        return self.processor(images, input_data_format="channels_last", **options)["pixel_values"]
+
+    def read(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]]:
+        """Return the pixels of the readable files, and {index: reason} of the others."""
+        images, bad = [], {}
+        for i, file in enumerate(files):
+            try:
+                images.append(read_image(*file))
+            except BadImage as error:
+                bad[i] = str(error)
+        return self.pixels(images) if images else torch.empty(0), bad
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode (B, 3, H, W) uint8 as (B, P, D) float16 on the encoder's device."""
+        if not len(pixels):
+            return torch.empty(0, self.n_positions, self.embedding_dim, dtype=torch.float16)
+        pixels = (pixels.to(self.device, non_blocking=True) - self.mean) / self.std
+        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
+            out = self.tower(pixel_values=pixels)
+            if self.features == "pooled":
+                x = out.pooler_output
+                if self.has_class:
+                    x = self.model.visual_projection(x)
+                return x[:, None].half()
+            x = out.last_hidden_state
+            if self.has_class:
+                x = self.tower.post_layernorm(x)
+            if self.grid:
+                first, patches = x[:, : self.has_class], x[:, self.has_class :]
+                patches = patches.transpose(1, 2).unflatten(2, (self.side, self.side))
+                patches = F.adaptive_avg_pool2d(patches, self.grid)  # (B, D, grid, grid)
+                x = torch.cat((first, patches.flatten(2).transpose(1, 2)), 1)
+            return x.half()
+
+    def __call__(self, images: list) -> torch.Tensor:
+        """Encode PIL images as (B, P, D) float16 on the CPU."""
+        return self.encode(self.pixels([image.convert("RGB") for image in images])).cpu()
+
+    def stream(self, batches: Iterable[list[tuple]], workers: int) -> Iterator[tuple]:
+        """Encode batches of files; a file is the arguments of `read_image`.
+
+        `workers` threads (0: this one) read files while the model computes. Threads, not processes:
+        Pillow decodes and resizes without Python's lock, and a forked process would inherit every
+        lock that another thread holds, but not the thread that releases it. A batch is given to
+        the device before the previous one is waited for.
+
+        Yield, for each batch in order: (n, P, D) float16 of its n readable files, and {index in
+        the batch: reason} of the others. Raise UserError if a file cannot be read for a reason
+        other than its content.
+        """
+        previous = None
+        for pixels, bad in prefetch(self.read, batches, workers):
+            current = (self.encode(pixels), bad)
+            if previous:
+                yield previous[0].cpu(), previous[1]
+            previous = current
+        if previous:
+            yield previous[0].cpu(), previous[1]

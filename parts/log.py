@@ -1,0 +1,102 @@
+"""What a training run prints and logs: a bar or plain lines, log.jsonl, and a tracker."""
+
+import json
+import time
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from parts.common import append, read_log, write_text
+from parts.tracking import Tracker
+
+
+class Log:
+    """The progress bar, log.jsonl and the tracker; silent on every rank but the first."""
+
+    def __init__(self, cfg, device, model, step: int):
+        self.device, self.model = device, model
+        self.peak = device.matmul_rate() * device.world  # FLOP/s
+        # None: a bar on a terminal, plain lines in a file.
+        self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step",
+                        disable=None if device.is_first else True)  # fmt: skip
+        self.path = cfg.run_dir / "log.jsonl"
+        if device.is_first:
+            write_text(self.path, lines_until(self.path, step))
+        self.tracker = Tracker(
+            cfg.track if device.is_first else "none", asdict(cfg), cfg.run_dir, cfg.run_dir.name,
+            resume=step > 0,
+        )  # fmt: skip
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin to measure anew, after a line, an evaluation or a save."""
+        self.begin = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0  # seconds, for batches
+        self.counts = {"images": 0, "captions": 0, "targets": 0}
+
+    def count(self, counts: dict, waited: float) -> None:
+        """Note a step's global counts and the seconds that it waited for its batch."""
+        self.steps += 1
+        self.waited += waited
+        for name in self.counts:
+            self.counts[name] += counts[name]
+        self.bar.update()
+
+    def line(self, step: int, loss: float, norm: float, lr: float) -> None:
+        """Log a step's figures, and the speed since the last line."""
+        seconds = time.perf_counter() - self.begin
+        flops = self.model.flops(self.counts["images"], self.counts["targets"])
+        row = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "ms_per_step": 1e3 * seconds / self.steps,
+            "captions_per_s": self.counts["captions"] / seconds,
+            "tokens_per_s": self.counts["targets"] / seconds,
+            "mfu": flops / seconds / self.peak,
+            "waiting": self.waited / seconds,
+        }
+        self.write(row)
+        text = (
+            f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
+            f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
+            f"MFU {row['mfu']:.0%}"
+        )
+        if self.bar.disable:
+            self.say(f"step {step}: {text}")
+        else:
+            self.bar.set_postfix_str(text)
+        self.restart_clock()
+
+    def evaluation(self, step: int, scores: dict, samples: list[str]) -> None:
+        """Log an evaluation's figures and print its samples."""
+        self.write({"step": step, **scores, "samples": samples})
+        figures = " · ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        for line in (f"step {step}: {figures}", *samples):
+            self.say(line)
+
+    def write(self, row: dict) -> None:
+        if self.device.is_first:
+            append(self.path, json.dumps(row) + "\n")
+            self.tracker.log(row)
+
+    def say(self, text: str) -> None:
+        if self.device.is_first:
+            self.bar.write(text)
+
+    def close(self, best_path, best: tuple[float, float]) -> None:
+        """End the bar and the tracked run, which keeps a copy of ckpt.pt."""
+        self.bar.close()
+        if self.device.is_first:
+            self.tracker.artifact(best_path)
+            self.tracker.close()
+            print(f"best CIDEr {best[0]:.4f} in {best_path}")
+
+
+def lines_until(path, step: int) -> str:
+    """Return the log's lines up to `step`; a resumed run writes the later ones again."""
+    if not step or not path.is_file():
+        return ""
+    return "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step)

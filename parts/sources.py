@@ -1,0 +1,780 @@
+"""Sources: captions and the names of their images, checked; and the archives that hold them.
+
+    fetch(cfg)              # download what is missing, after asking
+    splits = read(cfg)      # {split: [Record, ...]}
+
+The whole source is validated first: the files exist, ids are unique, captions are text of a sane
+length, no image is in two splits. Every problem is listed with its line, at most 20 of each sort,
+and all end in one error. Nothing is skipped silently, nothing in a tar is unpacked or run, and no
+name may point outside the images folder.
+
+`cfg` is the settings of prepare.py (configurator.Config).
+"""
+
+import contextlib
+import csv
+import glob
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from parts import shapes
+from parts.common import UserError, printable, read_json, write_text
+
+SPLITS = ("train", "val", "test")  # what {split} stands for
+LONGEST = 2000  # characters of a caption or a name
+SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
+
+
+@dataclass(slots=True)
+class Record:
+    """An image with all its captions, checked: what prepare.py works on."""
+
+    id: int | str
+    file_name: str
+    captions: list[str]
+    caption_ids: list | None = None  # the source's own
+    tokens: list | None = None  # each caption's ids, by the user's own tokenizer
+    facts: list[str] | None = None  # what is true of a built-in scene
+    place: tuple | None = None  # (path, offset, size) of an image in a tar shard
+    bad: str = ""  # why its caption cannot be used (tar shards only)
+    split_from: str = ""  # the split it was moved from, in whose folder its image is
+
+
+Row = tuple[str, str, Record]  # what a reader yields: file:line or the like, split, image
+
+
+class Problems:
+    """What is wrong with a source: all problems are counted, 20 of each sort are listed."""
+
+    def __init__(self):
+        self.lines: dict[str, list[str]] = {}  # problem -> a line for each time, empty after 20
+
+    def add(self, problem: str, where: str, detail: object = "") -> None:
+        lines = self.lines.setdefault(problem, [])
+        text = f"  {where}: {detail}".removesuffix(": ")
+        if len(text) > len(where) + 84:
+            text = text[: len(where) + 83] + "…"
+        lines.append(text if len(lines) < 20 else "")
+
+    def stop(self, source: str) -> None:
+        """List the problems on stderr and raise UserError, if there are any."""
+        for problem, lines in self.lines.items():
+            more = [f"  and {len(lines) - 20} more"] * (len(lines) > 20)
+            for line in (f"{problem}: {len(lines)}", *lines[:20], *more):
+                print(printable(line), file=sys.stderr)
+        if total := sum(map(len, self.lines.values())):
+            plural = "s" * (total > 1)
+            raise UserError(f"{source}: {total} problem{plural}, listed above; nothing was written")
+
+
+def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
+    """Return the records of each split.
+
+    `tokenizer` is the user's own, if the source has a column of its tokens. Raise UserError, with
+    the problems listed on stderr, if the source cannot be used as it is.
+    """
+    if cfg.source == "shapes":
+        return render_scenes(cfg)
+    problems = Problems()
+    splits = gather(READERS[cfg.source](cfg, problems), cfg, problems, tokenizer)
+    problems.stop(cfg.captions)
+    if not splits.get("train"):
+        raise UserError(f"{cfg.captions}: no images in split `train`")
+    if "val" not in splits and cfg.val_images:
+        train, n = splits["train"], cfg.val_images
+        if n >= len(train):
+            raise UserError(f"val_images={n}, but there are {len(train)} images in all: lower it")
+        chosen = set(random.Random(cfg.seed).sample(range(len(train)), n))
+        splits["train"] = [r for i, r in enumerate(train) if i not in chosen]
+        splits["val"] = [replace(r, split_from="train") for i, r in enumerate(train) if i in chosen]
+    if "val" not in splits:
+        raise UserError(
+            f"{cfg.captions}: no images in split `val`, only in {', '.join(splits)}: "
+            f"--val_images=N moves some of train there"
+        )
+    return splits
+
+
+def render_scenes(cfg) -> dict[str, list[Record]]:
+    """Render the built-in scenes into data/<dataset>/images and return their records."""
+    for setting in ("captions", "images", "embeddings"):
+        if getattr(cfg, setting):
+            raise UserError(
+                f"source=shapes renders its own scenes and takes no {setting}: "
+                f"add --source=NAME, one of {' '.join(READERS)}"
+            )
+    counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
+    scenes = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
+    splits = {split: [Record(0, **scene) for scene in scenes[split]] for split in scenes}
+    number_images(splits)
+    return splits
+
+
+def number_images(splits: dict[str, list[Record]]) -> None:
+    """Count the images of all splits from 0, if the source has no ids."""
+    number = 0
+    for records in splits.values():
+        for record in records:
+            record.id = number
+            number += 1
+
+
+def images_folder(cfg, split: str) -> str:
+    return (cfg.images or str(cfg.data_dir / "images")).replace("{split}", split)
+
+
+def locate(record: Record, split: str, cfg) -> tuple[str, int, int]:
+    """Return the (path, offset, size) of a record's image, as `encoder.read_image` takes them."""
+    folder = images_folder(cfg, record.split_from or split)
+    return record.place or (os.path.join(folder, record.file_name), 0, -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks: rows -> records
+
+
+def text_problem(text) -> str:
+    """Return what is wrong with a caption or a file name, empty if it can be used."""
+    if not isinstance(text, str):
+        return "missing" if text is None else "not text"
+    if len(text) > LONGEST:
+        return f"more than {LONGEST} characters"
+    if text.isprintable() and text.strip():
+        return ""
+    if {unicodedata.category(c) for c in text} & {"Cc", "Cs"}:
+        return "a control character, or not UTF-8"
+    return "" if any(c.isprintable() and c != " " for c in text) else "empty"
+
+
+def is_id(value) -> bool:
+    return type(value) is int or (isinstance(value, str) and not text_problem(value))
+
+
+def token_ids(tokens, tokenizer) -> list[int] | None:
+    """Return a caption's ids, from a list or from text such as `5 12 7` or `[5, 12, 7]`, without
+    bos and eos. Return None if it is neither, or not all are the tokenizer's ordinary ids or unk.
+    """
+    if isinstance(tokens, str):
+        words = tokens.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+        if not all(w.isascii() and w.isdecimal() and len(w) < 10 for w in words):
+            return None
+        tokens = [int(w) for w in words]
+    if not isinstance(tokens, list):
+        return None
+    if tokens[:1] == [tokenizer.bos]:
+        tokens = tokens[1:]
+    if tokens[-1:] == [tokenizer.eos]:
+        tokens = tokens[:-1]
+    special = {tokenizer.pad, tokenizer.bos, tokenizer.eos} - {tokenizer.unk}
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < len(tokenizer) or token in special:
+            return None
+    return tokens or None
+
+
+def gather(rows: Iterator[Row], cfg, problems: Problems, tokenizer=None) -> dict:
+    """Return the records of each split, made of the rows; what is wrong goes to `problems`."""
+    gathering = Gathering(cfg, problems, tokenizer)
+    for row in rows:
+        gathering.add(*row)
+    splits = {split: list(records.values()) for split, records in gathering.records.items()}
+    if not gathering.ids:
+        number_images(splits)
+    elif n := gathering.unnumbered:
+        problems.add("images without an id, although others have one", cfg.captions, n)
+    return splits
+
+
+class Gathering:
+    """The records of each split, while rows are added to them."""
+
+    def __init__(self, cfg, problems: Problems, tokenizer):
+        self.cfg, self.problems, self.tokenizer = cfg, problems, tokenizer
+        self.records: dict[str, dict[str, Record]] = {}  # split -> normal file name -> record
+        self.folders: dict[str, str] = {}  # split -> absolute path of its images folder
+        self.first: Record | None = None  # all have caption ids, or tokens, if the first has
+        self.ids, self.caption_ids = set(), set()
+        self.unnumbered = 0  # images without an id
+
+    def add(self, where: str, split: str, row: Record) -> None:
+        """Check a row, and make it its image's record, or add its captions to that."""
+        row.captions = [" ".join(c.split()) if isinstance(c, str) else c for c in row.captions]
+        faults = [fault for fault in map(text_problem, row.captions) if fault]
+        if not row.captions:
+            faults = ["none"]
+        for fault in faults:
+            if row.place and not self.cfg.embeddings:  # in a tar, nobody can repair a line
+                row.bad = f"caption: {fault}"
+            else:
+                self.problems.add(f"bad caption ({fault})", where)
+        path = self.normal_name(where, split, row.file_name)
+        if not path:
+            return
+        self.check_extras(where, row)
+        record = self.records[split].setdefault(path, row)
+        if record is row:
+            self.check_image(where, split, row)
+            return
+        if self.cfg.source not in SEVERAL_ROWS:
+            self.problems.add("image listed twice", where, row.file_name)
+        elif row.id is not None and row.id != record.id:
+            self.problems.add("image with two ids", where, f"{row.file_name}: {row.id}")
+        record.captions += row.captions
+        if record.tokens and row.tokens:
+            record.tokens += row.tokens
+
+    def normal_name(self, where: str, split: str, name: str) -> str:
+        """Return a file name without `./` and the like, empty if it cannot be used."""
+        if not (isinstance(split, str) and SPLIT_NAME.fullmatch(split)):
+            self.problems.add("bad split name", where, split)
+            return ""
+        if fault := text_problem(name):
+            self.problems.add(f"bad file name ({fault})", where)
+            return ""
+        if split not in self.records:
+            self.records[split] = {}
+            self.folders[split] = os.path.join(os.path.abspath(images_folder(self.cfg, split)), "")
+        folder = self.folders[split]
+        if not os.path.abspath(os.path.join(folder, name)).startswith(folder):
+            self.problems.add("file name outside the images folder", where, name)
+            return ""
+        path = os.path.normpath(name)
+        others = (other for other in self.records if other != split)
+        if any(path in self.records[o] and self.folders[o] == folder for o in others):
+            self.problems.add("image in two splits", where, name)
+        return name if path == name else path  # share the string: there may be millions
+
+    def check_image(self, where: str, split: str, record: Record) -> None:
+        """Check that a new image exists and has an id of its own, if any."""
+        if not record.place and not self.cfg.embeddings:
+            file = locate(record, split, self.cfg)[0]
+            if not os.path.isfile(file):
+                self.problems.add("no such image", where, file)
+        key = (split, record.id) if record.place else record.id  # shards restart ids per split
+        if record.id is None:
+            self.unnumbered += 1
+        elif not is_id(record.id):
+            self.problems.add("bad id", where, record.id)
+        elif key in self.ids:
+            self.problems.add("id of two images", where, record.id)
+        else:
+            self.ids.add(key)
+
+    def check_extras(self, where: str, row: Record) -> None:
+        """Check caption ids and tokens; make tokens lists of ids."""
+        first = self.first = self.first or row
+        if bool(row.caption_ids) != bool(first.caption_ids):
+            self.problems.add("caption ids for some images only", where)
+        for caption_id in row.caption_ids or ():
+            if not is_id(caption_id) or caption_id in self.caption_ids:
+                self.problems.add("caption id bad or used twice", where, caption_id)
+            else:
+                self.caption_ids.add(caption_id)
+        if (row.tokens is None) != (first.tokens is None):
+            self.problems.add("tokens for some captions only", where)
+        elif row.tokens is not None:
+            if not self.tokenizer:
+                raise UserError(f"{where}: tokens need --tokenizer=FILE, the model that made them")
+            given = row.tokens if isinstance(row.tokens, list) else [None]
+            tokens = [token_ids(caption, self.tokenizer) for caption in given]
+            if None in tokens or len(tokens) != len(row.captions):
+                expected = f"ids of {self.cfg.tokenizer}, none of them pad, bos or eos"
+                self.problems.add(f"bad tokens (expected {expected})", where, row.tokens)
+            row.tokens = tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# Readers, one per format: each yields Rows, several per image in some, and adds to the problems
+
+
+def caption_files(cfg) -> list[tuple[str, str]]:
+    """Return (split, path) of the caption files; without {split} in the name, one of train."""
+    if not cfg.captions:
+        raise UserError(f"source={cfg.source} needs --captions=FILE")
+    files = [(split, cfg.captions.replace("{split}", split)) for split in SPLITS]
+    if "{split}" not in cfg.captions:
+        return files[:1]
+    return [(s, p) for s, p in files if s == "train" or os.path.exists(p) or glob.glob(p)]
+
+
+def open_text(path: str):
+    """Open UTF-8, with or without a BOM. Other bytes become surrogates, which `text_problem`
+    refuses."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+COLUMNS = ("image", "caption", "id", "split", "tokens")  # of a CSV; keys of a JSON line
+
+
+def read_csv(cfg, problems: Problems) -> Iterator[Row]:
+    """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
+    for split, path in caption_files(cfg):
+        with open_text(path) as file:
+            reader = csv.reader(file, strict=True)
+            header, line = None, 1  # the line where a row starts
+            while True:
+                where, cells = f"{path}:{line}", []
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    break
+                except csv.Error as error:
+                    problems.add("malformed CSV", where, error)
+                line = reader.line_num + 1
+                if header is None:
+                    header = csv_header(cells, where)
+                elif cells and len(cells) != len(header):
+                    detail = f"{len(cells)} for {len(header)} columns (a comma without quotes?)"
+                    problems.add("wrong number of cells", where, detail)
+                elif cells:
+                    entry = dict(zip(header, cells, strict=True))
+                    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", entry.get("id", "")):
+                        entry["id"] = int(entry["id"])
+                    yield row_of(entry, split, where)
+
+
+def csv_header(cells: list[str], where: str) -> list[str]:
+    header = [name.strip().lower() for name in cells]
+    if not {"image", "caption"} <= set(header):
+        names = ",".join(header)[:60]
+        raise UserError(f"{where}: expected a header with image,caption, got `{names}`")
+    for name in COLUMNS:
+        if header.count(name) > 1:
+            raise UserError(f"{where}: two columns are called {name}: rename one")
+    return header
+
+
+def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
+    """One JSON object per line: image, caption or captions, optionally id, split and tokens."""
+    for split, path in caption_files(cfg):
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problems.add("not JSON", where, error)
+                    continue
+                if not isinstance(entry, dict):
+                    problems.add("not a JSON object", where, line.strip())
+                elif {"caption", "captions"} <= set(entry):
+                    problems.add("both `caption` and `captions`", where)
+                else:
+                    yield row_of(entry, split, where)
+
+
+def row_of(entry: dict, split: str, where: str) -> Row:
+    """Return the Row of a CSV's or JSONL's line; `tokens` has as many items as `captions`."""
+    captions, tokens = entry.get("captions"), entry.get("tokens")
+    if not isinstance(captions, list):
+        captions = [entry.get("caption")]
+        if tokens is not None:
+            tokens = [tokens]
+    record = Record(entry.get("id"), entry.get("image"), captions, tokens=tokens)
+    return where, entry.get("split", split), record
+
+
+# Headers of Flickr8k's captions.txt and of Flickr30k's captions.txt and results.csv.
+FLICKR_HEADER = re.compile(r"image(_name)?([,|]) ?(comment_number\2 ?)?(caption|comment)")
+
+
+def read_flickr(cfg, problems: Problems) -> Iterator[Row]:
+    """Flickr8k's and Flickr30k's lines: `name#number<tab>caption`, `name,caption`, or if the
+    header says so `name,number,caption` or `name| number| caption`."""
+    for split, path in caption_files(cfg):
+        comma, columns = ",", 2
+        with open_text(path) as file:
+            for number, line in enumerate(map(str.strip, file), 1):
+                where = f"{path}:{number}"
+                header = FLICKR_HEADER.fullmatch(line) if number == 1 else None
+                if header:
+                    comma, columns = header[2], 3 if header[3] else 2
+                elif "\t" in line:
+                    name, _, caption = line.partition("\t")
+                    yield where, split, Record(None, name.rpartition("#")[0] or name, [caption])
+                elif line:
+                    cells = line.split(comma, columns - 1)
+                    if len(cells) < columns:
+                        problems.add(f"neither a tab nor {columns} columns", where, line)
+                        continue
+                    caption = cells[-1].strip()
+                    if comma == "," and caption[:1] == caption[-1:] == '"':
+                        caption = caption[1:-1].replace('""', '"')
+                    yield where, split, Record(None, cells[0], [caption])
+
+
+def entries(content, name: str, path: str, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Yield (where, object) for each object in the list `name` of a JSON file's content."""
+    if not isinstance(content, dict) or not isinstance(content.get(name), list):
+        raise UserError(f'{path}: expected an object with a list "{name}"')
+    for i, entry in enumerate(content[name]):
+        if isinstance(entry, dict):
+            yield f"{path}: {name}[{i}]", entry
+        else:
+            problems.add("not a JSON object", f"{path}: {name}[{i}]", entry)
+
+
+def all_or_none(caption_ids: list) -> list | None:
+    return None if None in caption_ids else caption_ids
+
+
+def read_karpathy(cfg, problems: Problems) -> Iterator[Row]:
+    """Karpathy's JSON of COCO, Flickr8k or Flickr30k (2015); `restval` joins train."""
+    for _, path in caption_files(cfg):
+        for where, image in entries(read_json(path), "images", path, problems):
+            sentences = image.get("sentences")
+            if not isinstance(sentences, list) or not all(isinstance(s, dict) for s in sentences):
+                problems.add("no list of `sentences`", where)
+                continue
+            split, name, folder = image.get("split"), image.get("filename"), image.get("filepath")
+            if split == "restval":
+                split = "train"
+            if isinstance(folder, str) and isinstance(name, str) and folder:
+                name = f"{folder}/{name}"
+            captions = [sentence.get("raw") for sentence in sentences]
+            caption_ids = [sentence.get("sentid") for sentence in sentences]
+            image_id = image.get("cocoid", image.get("imgid"))
+            yield where, split, Record(image_id, name, captions, all_or_none(caption_ids))
+
+
+def read_coco(cfg, problems: Problems) -> Iterator[Row]:
+    """COCO's caption annotations, one file per split."""
+    for split, path in caption_files(cfg):
+        content = read_json(path)
+        annotations: dict = {}  # image id -> its annotations
+        for where, annotation in entries(content, "annotations", path, problems):
+            image_id = annotation.get("image_id")
+            if isinstance(image_id, int | str):
+                annotations.setdefault(image_id, []).append(annotation)
+            else:
+                problems.add("annotation without an image_id", where)
+        for where, image in entries(content, "images", path, problems):
+            image_id, own = image.get("id"), []
+            if isinstance(image_id, int | str):
+                own = annotations.pop(image_id, [])
+            captions = [annotation.get("caption") for annotation in own]
+            caption_ids = [annotation.get("id") for annotation in own]
+            name = image.get("file_name")
+            yield where, split, Record(image_id, name, captions, all_or_none(caption_ids))
+        for image_id in annotations:
+            problems.add("captions of an image that is not listed", path, f"image_id {image_id}")
+
+
+def read_shards(cfg, problems: Problems) -> Iterator[Row]:
+    """Tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json's "caption".
+
+    `captions` is a folder of .tar files, or a glob pattern. Nothing is unpacked: images are read
+    in place, from the tar. Members of other types are ignored.
+    """
+    root = re.match(r"[^*?\[{]*/|", cfg.captions)[0]  # names are relative to the fixed part
+    for split, pattern in caption_files(cfg):
+        if os.path.isdir(pattern):
+            if "{" not in cfg.captions:
+                root = os.path.join(pattern, "")
+            pattern = os.path.join(glob.escape(pattern), "*.tar")
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise UserError(f"{pattern}: no .tar files")
+        for path in paths:
+            for where, record in read_shard(path, path[len(root) :], problems):
+                yield where, split, record
+
+
+def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, Record]]:
+    """Yield (where, record) for the images of a tar, whose `name` their file names begin with."""
+    samples: dict[str, dict] = {}  # key -> suffix -> (where, member, text)
+    for where, member, text in tar_members(path, problems):
+        key, suffix = os.path.splitext(os.path.normpath(member.name))
+        suffix = suffix.lower()
+        if suffix in (".jpg", ".jpeg", ".png", ".webp"):
+            suffix = "image"
+        sample = samples.setdefault(key, {})
+        if suffix in sample:
+            problems.add("two members of one key and type", where, member.name)
+        sample[suffix] = (where, member, text)
+    for key, sample in samples.items():
+        first = next(iter(sample.values()))[0]
+        content = {}
+        if ".json" in sample:
+            content = parsed(*sample[".json"], problems)
+        caption = content.get("caption")
+        if ".txt" in sample:
+            caption = sample[".txt"][2].decode("utf-8", "surrogateescape")
+        if "image" in sample:
+            member = sample["image"][1]
+            place = (path, member.offset_data, member.size)
+            image_id = content.get("key") or key
+            yield first, Record(image_id, f"{name}/{member.name}", [caption], place=place)
+        elif ".txt" in sample or ".json" in sample:
+            problems.add("captions without an image", first, key)
+
+
+def parsed(where: str, member: tarfile.TarInfo, text: bytes, problems: Problems) -> dict:
+    """Return what is in the JSON of a shard, an empty dict if it is not an object."""
+    try:
+        content = json.loads(text or b"{}")
+    except (ValueError, RecursionError) as error:
+        problems.add("not JSON", where, error)
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
+    """Yield (where, member, content if it is a .txt or .json) for a tar's plain files.
+
+    Links, names that leave the tar, truncated tars and trailing data are problems.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for i, member in enumerate(tar):
+                where, text = f"{path}: member {i}", b""
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    problems.add("file name outside the tar", where, member.name)
+                elif member.isdir():
+                    continue
+                elif not member.isfile() or member.issparse():
+                    problems.add("neither a plain file nor a folder", where, member.name)
+                else:
+                    is_text = member.name.lower().endswith((".txt", ".json"))
+                    if is_text and member.size > 1 << 20:
+                        problems.add("text of more than 1 MiB", where, member.name)
+                    elif is_text:
+                        text = tar.extractfile(member).read()
+                    yield where, member, text
+            if not ends_at(path, tar.offset):  # tarfile stops there, whatever follows
+                detail = f"no end mark at byte {tar.offset} of {os.path.getsize(path)}"
+                problems.add("tar that is cut, damaged, or two in one", path, detail)
+    except (tarfile.TarError, EOFError) as error:
+        with open(path, "rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+        problems.add("broken tar", path, "compressed: gunzip it first" if is_gzip else error)
+
+
+def ends_at(path: str, end: int) -> bool:
+    """Whether a block of zeros, and nothing but zeros, follows byte `end` of a tar."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            return False
+        while block and not block.strip(b"\0"):
+            block = file.read(1 << 20)
+    return not block
+
+
+READERS = {
+    "karpathy": read_karpathy,
+    "coco": read_coco,
+    "flickr": read_flickr,
+    "csv": read_csv,
+    "jsonl": read_jsonl,
+    "shards": read_shards,
+}
+SEVERAL_ROWS = ("csv", "jsonl", "flickr")  # formats in which an image may have several rows
+
+# ---------------------------------------------------------------------------------------------
+# Downloads. An entry of the setting `downloads` is "URL PATH" or "URL PATH CHECKSUM": a zip, the
+# file or folder at its top to unpack and where to, and the zip's MD5 or SHA-256. Without a
+# checksum, the SHA-256 is noted as <zip>.json, and a later download must be the same.
+
+TRIES = 8  # consecutive attempts without progress
+WAIT = 1.0  # seconds before the second attempt; doubled each time
+AGAIN = "deleted; rerun the same command to download it again"
+# What zipfile raises on broken zips, and on those that it cannot unpack.
+BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
+
+
+def fetch(cfg) -> None:
+    """Download and unpack the archives whose contents are missing, after asking (or --yes).
+
+    Raise UserError if that cannot be done. What has arrived stays, and the next run resumes.
+    """
+    missing = []
+    for entry in filter(str.strip, cfg.downloads):
+        url, path, checksum = [*entry.split(), "", ""][:3]
+        if not url.startswith(("http://", "https://")) or not path:
+            raise UserError(f"downloads: expected `URL PATH [CHECKSUM]`, got `{entry.strip()}`")
+        if is_needed(Path(path), cfg):
+            missing.append((url, Path(path), checksum))
+    if missing:
+        ask(missing, cfg.yes)
+    archives = [path.parent / archive_name(url) for url, path, _ in missing]
+    for i, ((url, path, checksum), archive) in enumerate(zip(missing, archives, strict=True)):
+        if not archive.is_file():  # one zip may hold what several entries need
+            download(url, archive, checksum)
+        elif checksum:
+            check(url, archive, note_of(archive), checksum)
+        unpack(archive, path)
+        if archive not in archives[i + 1 :]:
+            archive.unlink()
+
+
+def ask(missing: list[tuple], yes: bool) -> None:
+    """Show the sizes and ask for consent, unless `yes`. Raise UserError without it."""
+    if not shutil.which("curl"):
+        raise UserError(f"{missing[0][1]} is missing, and downloading it needs curl: install curl")
+    for url, path, _ in missing:
+        size = server_size(url)
+        amount = f"{size / 1e6:,.1f} MB" if size else "of unknown size"
+        print(f"{url}, {amount}, for {path}", flush=True)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{missing[0][1]} is missing: add --yes to download it")
+    answer = ""
+    with contextlib.suppress(EOFError):
+        answer = input("download? [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was downloaded")
+
+
+def is_needed(path: Path, cfg) -> bool:
+    """Whether `path` does not exist, and the captions or images lie there."""
+    if path.exists():
+        return False
+    for split in SPLITS:
+        if Path(cfg.captions.replace("{split}", split)) == path:
+            return True
+        folder = cfg.images.replace("{split}", split)
+        if folder and not cfg.embeddings and path.is_relative_to(folder):
+            return True
+    return False
+
+
+def archive_name(url: str) -> str:
+    """Return the file name for a URL: its last part, made distinct if it has a query."""
+    plain, query, _ = url.partition("?")
+    name = plain.rstrip("/").rpartition("/")[2]
+    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}" if query else name
+
+
+def note_of(archive: Path) -> Path:
+    return archive.with_name(f"{archive.name}.json")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def server_size(url: str) -> int:
+    """Return the bytes of a file on a server, 0 if it does not say."""
+    command = ["curl", "-fsIL", "--globoff", "--max-time", "60", url]
+    reply = subprocess.run(command, capture_output=True, encoding="latin-1")
+    final = reply.stdout.split("HTTP/")[-1]  # after redirections
+    size = re.search(r"^content-length: *(\d+)", final, re.IGNORECASE | re.MULTILINE)
+    return int(size[1]) if size and not reply.returncode else 0
+
+
+def download(url: str, archive: Path, checksum: str = "") -> None:
+    """Download to `archive` by way of <archive>.part, from which a later attempt resumes.
+
+    curl's own --retry is not used: it throws away what the failed attempt has received. If the
+    file changed on the server in between, the checksum or the zip's CRC-32s will tell.
+
+    Raise UserError if the server refuses, keeps failing, or sends a file with another checksum.
+    """
+    part = archive.with_name(archive.name + ".part")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    size, failures = server_size(url), 0
+    while size == 0 or size_of(part) != size:
+        before = size_of(part)
+        problem = transfer(url, part, size)
+        if not problem:
+            break
+        failures = 0 if size_of(part) > before else failures + 1
+        if failures == TRIES:
+            hint = "rerun the same command to resume"
+            raise UserError(f"{url}: {problem}: gave up after {TRIES} attempts; {hint}")
+        wait = WAIT * 2 ** max(0, failures - 1)
+        print(f"{url}: {problem}: next attempt in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
+    check(url, part, note_of(archive), checksum)
+    os.replace(part, archive)
+
+
+def transfer(url: str, part: Path, size: int) -> str:
+    """Make one attempt to complete `part`. Return what went wrong, empty if nothing did."""
+    command = ["curl", "-fL", "--progress-bar", "--globoff", "--connect-timeout", "60",
+               "--speed-limit", "1", "--speed-time", "60", "--write-out", "%{http_code}",
+               "--continue-at", "-", "--output", part, url]  # fmt: skip
+    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="latin-1")
+    status, error = result.stdout, result.returncode
+    if error == 23:
+        raise UserError(f"{part}: curl cannot write it: free some space, then rerun to resume")
+    if error == 22 and status[0] == "4" and status not in ("408", "416", "429"):
+        raise UserError(f"{url}: HTTP error {status}: correct the address in `downloads`")
+    if error == 33 or status == "416" or 0 < size < size_of(part):
+        part.unlink(missing_ok=True)
+        return "the server cannot send the rest of this file"
+    if error:
+        return f"curl error {error}"
+    return "" if size in (0, size_of(part)) else f"{size_of(part)} of {size} bytes arrived"
+
+
+def check(url: str, file: Path, note: Path, checksum: str) -> None:
+    """Compare a download with its checksum; without one, with the SHA-256 noted the first time.
+
+    Raise UserError, and delete the file, if they differ.
+    """
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "md5" if len(checksum) == 32 else "sha256")
+    found, expected, hint = digest.hexdigest(), checksum.lower(), AGAIN
+    if not checksum:
+        known = read_json(note) if note.is_file() else {}
+        expected = known.get("sha256", found)
+        hint = f"deleted; delete {note} too to accept the new file"
+    if found != expected:
+        file.unlink()
+        raise UserError(f"{url}: its checksum is not {expected}: {hint}")
+    if not checksum:
+        size = file.stat().st_size
+        write_text(note, json.dumps({"url": url, "bytes": size, "sha256": found}))
+
+
+def unpack(archive: Path, path: Path) -> None:
+    """Unpack the file or folder `path.name` at the top of a zip to `path`, whole or not at all.
+
+    Raise UserError if it is not there or points outside, or if the disk has no room. A broken zip
+    is deleted, and its note, so that the next run downloads it again.
+    """
+    temporary = path.with_name(path.name + ".unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = [m for m in content.infolist() if m.filename.split("/")[0] == path.name]
+            for member in members:
+                if ".." in member.filename.split("/") or "\\" in member.filename:
+                    raise UserError(f"{archive}: member {member.filename} points outside")
+            if not members:
+                raise UserError(f"{archive}: holds no {path.name}")
+            size, room = sum(m.file_size for m in members), shutil.disk_usage(path.parent).free
+            if size > room:
+                raise UserError(f"{archive}: holds {size} bytes, the disk has room for {room}")
+            for member in tqdm(members, desc=f"unpacking {path.name}", unit="file"):
+                content.extract(member, temporary)
+        os.replace(temporary / path.name, path)
+    except BROKEN as error:
+        archive.unlink()
+        note_of(archive).unlink(missing_ok=True)
+        raise UserError(f"{archive}: not a zip that can be unpacked: {error}; {AGAIN}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""Send a run of train.py to MLflow as well as to log.jsonl: `--track=mlflow`.
+
+    pip install -r requirements-mlflow.txt
+    python train.py config/shapes.py --track=mlflow
+    mlflow ui                                              # then open http://127.0.0.1:5000
+
+MLFLOW_TRACKING_URI says where runs go; the default is MLflow's own, `mlflow.db` in the working
+directory. Training never fails because of tracking. A run that cannot be started is not tracked,
+and metrics that cannot be sent wait until the next evaluation; one line on stderr says so.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from parts.common import UserError
+
+
+class Tracker:
+    """A run called `name`, in the experiment MLFLOW_EXPERIMENT_NAME or else "nanocaption".
+
+    `kind` is "mlflow", or "none" for a tracker that does nothing, as in all processes but the
+    first. The settings become parameters. The run's id is kept in `run_dir`, so that `resume`
+    continues the same run. Raise UserError if MLflow is not installed.
+    """
+
+    def __init__(
+        self, kind: str, settings: dict, run_dir: Path | str, name: str, resume: bool = False
+    ):
+        self.run_id = None
+        self.waiting = []  # metrics to send
+        self.failed = False
+        if kind == "none":
+            return
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # By default, MLflow tries for minutes to reach a server that is down.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        try:
+            import mlflow
+            from sqlalchemy.exc import SQLAlchemyError
+        except ImportError as error:
+            install = "pip install -r requirements-mlflow.txt"
+            raise UserError(f"{error.name} is missing: {install}") from None
+        self.mlflow = mlflow
+        # Errors of MLflow, of its database, and of the network.
+        self.errors = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
+        self.attempt(self.start, settings, Path(run_dir) / "mlflow_run", name, resume)
+
+    def start(self, settings: dict, id_file: Path, name: str, resume: bool) -> None:
+        self.client = self.mlflow.MlflowClient()
+        if resume and id_file.is_file():
+            run_id = id_file.read_text(encoding="utf-8").strip()
+            self.client.update_run(run_id, "RUNNING")
+        else:
+            title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
+            experiment = self.mlflow.set_experiment(title).experiment_id
+            run_id = self.client.create_run(experiment, run_name=name).info.run_id
+            params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
+            self.client.log_batch(run_id, params=params)
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(run_id + "\n", encoding="utf-8")
+        self.run_id = run_id  # only now is there a run to send to
+
+    def attempt(self, call, *args, **options) -> bool:
+        """Call MLflow and return whether that succeeded. Report the first failure."""
+        try:
+            call(*args, **options)
+        except self.errors as error:
+            if not self.failed:
+                reason = " ".join(str(error).split())[:200]
+                print(f"tracking failed, training continues: {reason}", file=sys.stderr)
+            self.failed = True
+            return False
+        return True
+
+    def log(self, row: dict) -> None:
+        """Send a row of log.jsonl: its numbers as metrics at its step, its samples as a file."""
+        if not self.run_id:
+            return
+        now = time.time_ns() // 10**6
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                metric = self.mlflow.entities.Metric(key, float(value), now, row["step"])
+                self.waiting.append(metric)
+        # Each failure may take a time-out: after the first, try at evaluations only.
+        if (not self.failed or "val_loss" in row) and self.send_waiting() and row.get("samples"):
+            text = "\n".join(row["samples"]) + "\n"
+            self.attempt(self.client.log_text, self.run_id, text, f"samples/{row['step']:07d}.txt")
+
+    def send_waiting(self) -> bool:
+        while self.waiting:
+            batch = self.waiting[:1000]  # as many as MLflow accepts
+            if not self.attempt(self.client.log_batch, self.run_id, metrics=batch):
+                return False
+            del self.waiting[:1000]
+        return True
+
+    def artifact(self, path: Path | str) -> None:
+        """Keep a copy of a file, such as ckpt.pt or gallery.html, with the run."""
+        if self.run_id:
+            self.attempt(self.client.log_artifact, self.run_id, str(path))
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Send the metrics that wait, and end the run; one stopped by a signal is KILLED."""
+        if self.run_id:
+            self.send_waiting()
+            self.attempt(self.client.set_terminated, self.run_id, status)

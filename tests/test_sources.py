@@ -1,0 +1,595 @@
+"""Every caption format, from source file to caption; and every kind of bad input."""
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import made, photos, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+from configurator import Config
+from data import Split
+from parts import encoder, sources
+from parts.common import UserError
+from parts.encoder import Encoder, read_image
+
+# ---------------------------------------------------------------------------------------------
+# A tiny CLIP, photos, and their captions
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_clip(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PHOTOS = {
+    "train": {"a b.png": ["A dog, asleep.", "a \"dog\" lies"], "è/ü.png": ["Zwei Hühner"],
+              "c.png": ["one two three"], "d.png": ["four five"], "e.png": ["=1+1"]},
+    "val": {"f.png": ["five seven"], "g.png": ["a dog asleep", "ten"]},
+}  # fmt: skip
+
+
+def every_photo(folder: Path) -> None:
+    photos(folder, [name for split in PHOTOS.values() for name in split])
+
+
+# ---------------------------------------------------------------------------------------------
+# Each source, from file to caption
+
+
+def as_csv(folder: Path) -> dict:
+    for split, images in PHOTOS.items():
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "caption", "remark"])
+            for name, captions in images.items():
+                writer.writerows([name, f" {c}\n", "\0" if c == "ten" else ""] for c in captions)
+    return {"captions": "{split}.csv", "images": "photos"}
+
+
+def as_one_csv(folder: Path) -> dict:
+    rows = [(n, c, s, f"no. {n}") for s in PHOTOS for n, texts in PHOTOS[s].items() for c in texts]
+    with open(folder / "all.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption", "split", "id"), *rows])
+    return {"captions": "all.csv", "images": "photos"}
+
+
+def as_jsonl(folder: Path) -> dict:
+    with open(folder / "all.jsonl", "w", encoding="utf-8") as file:
+        for split, images in PHOTOS.items():
+            for name, captions in images.items():
+                entry = {"image": name, "captions": captions, "split": split, "id": f"no. {name}"}
+                print(json.dumps(entry), file=file)
+    return {"captions": "all.jsonl", "images": "photos"}
+
+
+def as_flickr(folder: Path, comma: str = ",", header: str = "image,caption") -> dict:
+    """Flickr8k's captions.txt."""
+    for split, images in PHOTOS.items():
+        with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
+            print(header, file=file)
+            for name, captions in images.items():
+                for i, c in enumerate(captions):
+                    quoted = '"' + c.replace('"', '""') + '"'
+                    c = quoted if '"' in c and "," in comma else c
+                    print(name, *[i] * ("number" in header), c, sep=comma, file=file)
+    return {"source": "flickr", "captions": "{split}.txt", "images": "photos"}
+
+
+def as_flickr_numbers(folder: Path) -> dict:
+    """Flickr30k's captions.txt."""
+    return as_flickr(folder, ",", "image_name,comment_number,comment")
+
+
+def as_flickr_bars(folder: Path) -> dict:
+    """Flickr30k's results.csv."""
+    return as_flickr(folder, "| ", "image_name| comment_number| comment")
+
+
+def as_flickr_tokens(folder: Path) -> dict:
+    for split, images in PHOTOS.items():
+        lines = [f"{n}#{i}\t{c}" for n, texts in images.items() for i, c in enumerate(texts)]
+        (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return {"source": "flickr", "captions": "{split}.txt", "images": "photos"}
+
+
+def as_coco(folder: Path) -> dict:
+    for split, images in PHOTOS.items():
+        first = 1000 * (split == "val") + 7
+        content = {"images": [], "annotations": []}
+        for i, (name, captions) in enumerate(images.items()):
+            content["images"].append({"id": first + i, "file_name": name})
+            for j, c in enumerate(captions):
+                annotation = {"image_id": first + i, "id": 10 * (first + i) + j, "caption": c}
+                content["annotations"].insert(0, annotation)
+        content["annotations"].reverse()
+        (folder / f"captions_{split}2014.json").write_text(json.dumps(content))
+        shutil.copytree(folder / "photos", folder / f"{split}2014")
+    return {"source": "coco", "captions": "captions_{split}2014.json", "images": "{split}2014"}
+
+
+def as_karpathy(folder: Path) -> dict:
+    images, number = [], 0
+    for split, names in PHOTOS.items():
+        for i, (name, captions) in enumerate(names.items()):
+            of, _, last = name.rpartition("/")
+            sentences = [
+                {"raw": c + "\n", "sentid": 5 * number + j} for j, c in enumerate(captions)
+            ]
+            name_of_split = "restval" if split == "train" and i > 2 else split
+            images.append({"filepath": of, "filename": last, "cocoid": 100 + number,
+                           "split": name_of_split, "sentences": sentences})  # fmt: skip
+            number += 1
+    (folder / "dataset.json").write_text(json.dumps({"images": images}))
+    return {"source": "karpathy", "captions": "dataset.json", "images": "photos"}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes, kind: bytes = tarfile.REGTYPE) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(data), kind
+    tar.addfile(member, io.BytesIO(data))
+
+
+def as_shards(folder: Path) -> dict:
+    """One caption per image, two shards per split; the keys start over in each split."""
+    for split, images in PHOTOS.items():
+        (folder / "shards" / split).mkdir(parents=True)
+        for i, (name, captions) in enumerate(images.items()):
+            with tarfile.open(folder / "shards" / split / f"{i % 2:05d}.tar", "a") as tar:
+                key = f"{i % 2:05d}{i:04d}"
+                add(tar, f"{key}.png", (folder / "photos" / name).read_bytes())
+                if i:
+                    add(tar, f"{key}.txt", captions[0].encode())
+                add(tar, f"{key}.json", json.dumps({"caption": captions[0], "key": key}).encode())
+    return {"source": "shards", "captions": "shards/{split}"}
+
+
+SOURCES = [as_csv, as_one_csv, as_jsonl, as_flickr, as_flickr_numbers, as_flickr_bars,
+           as_flickr_tokens, as_coco, as_karpathy, as_shards]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", SOURCES)
+def test_a_source_from_file_to_caption(here, clip, build):
+    every_photo(here / "photos")
+    options = {"source": build.__name__.rpartition("_")[2]} | build(here)
+    prepare.main(Config(dataset="mine", clip=clip, encode_batch=2, workers=0, **options))
+    reference = Encoder(clip)
+    all_ids = set()
+    for split, expected in PHOTOS.items():
+        opened = Split("data/mine", split)
+        images, captions = opened.references()
+        if build is as_shards:
+            order = [*range(0, len(expected), 2), *range(1, len(expected), 2)]  # by shard
+            names = [list(expected)[i] for i in order]
+            assert captions == [expected[n][:1] for n in names]
+            assert [i["id"] for i in images] == [f"{i % 2:05d}{i:04d}" for i in order]
+            files = [here / "photos" / n for n in names]
+        else:
+            assert {i["file_name"]: c for i, c in zip(images, captions, strict=True)} == expected
+            files = [here / "photos" / i["file_name"] for i in images]
+            all_ids |= {i["id"] for i in images}
+        for row, file in enumerate(files):
+            x = reference([read_image(file)])[0].float()
+            y = opened.embedding(np.array([row]))[0].float()
+            torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)
+            begin, end = opened.image_start[row], opened.image_start[row + 1]
+            text = opened.tokenizer.decode(opened.tokens[begin:end].tolist())
+            assert text == " ".join(captions[row])  # bos is left out, a word's start is a space
+    if build in (as_one_csv, as_jsonl):
+        assert all_ids == {f"no. {n}" for split in PHOTOS.values() for n in split}
+    if build is as_karpathy:
+        assert all_ids == set(range(100, 107))
+    if build is as_coco:
+        assert all_ids == {7, 8, 9, 10, 11, 1007, 1008}
+        annotations = json.loads(Path("data/mine/val.json").read_text())["annotations"]
+        assert [a["id"] for a in annotations] == [10070, 10080, 10081]
+    assert not Path("data/mine/encoding").exists() and not Path("data/mine/skipped.csv").exists()
+
+
+def test_val_images_are_moved_from_train_and_keep_their_folder(here, clip):
+    every_photo(here / "photos" / "train")
+    with open("train.csv", "w", encoding="utf-8") as file:
+        print("image,caption", *(f"{n},x {i}" for i, n in enumerate(PHOTOS["train"])),
+              sep="\n", file=file)  # fmt: skip
+    cfg = Config(dataset="mine", source="csv", captions="{split}.csv", images="photos/{split}",
+                 clip=clip, val_images=2, workers=0)  # fmt: skip
+    prepare.main(cfg)
+    names = [[i["file_name"] for i in Split("data/mine", s).references()[0]] for s in PHOTOS]
+    assert [len(n) for n in names] == [3, 2] and set(sum(names, [])) == set(PHOTOS["train"])
+    before = made()
+    prepare.main(cfg)
+    assert made() == before  # the choice depends on the seed alone
+    with pytest.raises(UserError, match="no images in split `val`, only in train: --val_images=N"):
+        prepare.main(Config(**{**vars(cfg), "val_images": 0}))
+    with pytest.raises(UserError, match="val_images=5, but there are 5 images in all"):
+        prepare.main(Config(**{**vars(cfg), "val_images": 5}))
+
+
+def test_the_users_own_tokens_and_tokenizer(here, clip, capsys):
+    every_photo(here / "photos")
+    texts = [c for split in PHOTOS.values() for captions in split.values() for c in captions]
+    own = prepare.train_tokenizer(texts, 60)
+    Path("own.model").write_bytes(own.model)
+    for split, images in PHOTOS.items():
+        with open(f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "caption", "tokens"])
+            for name, captions in images.items():  # not the ids that `encode` would give
+                writer.writerows([name, c, f"[{own.bos}, 9, 8, 7]"] for c in captions)
+    options = dict(dataset="mine", source="csv", captions="{split}.csv", images="photos", clip=clip,
+                workers=0)  # fmt: skip
+    with pytest.raises(UserError, match="train.csv:2: tokens need --tokenizer=FILE"):
+        prepare.main(Config(**options))
+    prepare.main(Config(tokenizer="own.model", **options))
+    opened = Split("data/mine", "train")
+    assert opened.tokenizer.model == own.model
+    assert opened.tokens.tolist() == [own.bos, 9, 8, 7] * 6
+    Path("val.csv").write_text("image,caption,tokens\nf.png,x,5 99\ng.png,x,7 8\n")
+    with pytest.raises(UserError, match="{split}.csv: 1 problem"):
+        prepare.main(Config(tokenizer="own.model", **options))
+    assert "none of them pad, bos or eos): 1\n  val.csv:2: ['5 99']" in capsys.readouterr().err
+    Path("val.csv").write_text("image,caption\nf.png,x\n")
+    with pytest.raises(UserError, match="{split}.csv: 1 problem"):
+        prepare.main(Config(tokenizer="own.model", **options))
+    assert "tokens for some captions only: 1\n  val.csv:2" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Problems are listed, and nothing is written
+
+
+def problems_of(capsys, **settings) -> tuple[str, str]:
+    """Return what `sources.read` lists, and its error."""
+    with pytest.raises(UserError) as error:
+        sources.read(Config(**({"dataset": "mine", "images": "photos"} | settings)))
+    return capsys.readouterr().err, str(error.value)
+
+
+CSV = "image,caption\nf.png,fine\n"
+BAD_CSV = {
+    "f.png,\n": ["bad caption (empty): 1", "x.csv:3"],
+    "f.png,   \n": ["bad caption (empty)", "x.csv:3"],
+    "f.png,\u200b\n": ["bad caption (empty)", "x.csv:3"],
+    'f.png,"a\nb"\nf.png,"a\0b"\n': ["bad caption (a control character", "x.csv:5"],
+    "f.png,\x1b[31mred\n": ["bad caption (a control character", "x.csv:3"],
+    f"f.png,{'x' * 3000}\n": ["bad caption (more than 2000 characters)", "x.csv:3"],
+    f"f.png,{'x' * 1_000_000}\nf.png,\n": ["malformed CSV", "x.csv:3", "x.csv:4"],
+    "f.png,one,two\n": ["wrong number of cells", "x.csv:3: 3 for 2 columns"],
+    'f.png,"open\n': ["malformed CSV", "x.csv:3"],
+    'f.png,"a"b\n': ["malformed CSV", "x.csv:3"],
+    "none.png,x\n": ["no such image", "x.csv:3: photos/none.png"],
+    ",x\n": ["bad file name (empty)", "x.csv:3"],
+    "\x00,x\n": ["bad file name (a control character", "x.csv:3"],
+    "../secret.png,x\n": ["file name outside the images folder", "x.csv:3: ../secret.png"],
+    "a/../../secret.png,x\n": ["file name outside the images folder", "x.csv:3"],
+    "/etc/passwd,x\n": ["file name outside the images folder", "x.csv:3: /etc/passwd"],
+}
+
+
+@pytest.mark.parametrize("rows", BAD_CSV)
+def test_a_bad_csv_row_is_named(here, capsys, rows):
+    photos(here / "photos", ["f.png"])
+    photos(here, ["secret.png"])
+    Path("x.csv").write_bytes((CSV + rows).encode())
+    listed, error = problems_of(capsys, source="csv", captions="x.csv")
+    for expected in BAD_CSV[rows]:
+        assert expected in listed
+    assert "x.csv: " in error and "listed above; nothing was written" in error
+    assert "\x1b" not in listed and "\0" not in listed
+    assert not Path("data").exists()
+
+
+def test_bytes_that_are_not_utf8_are_named(here, capsys):
+    photos(here / "photos", ["f.png"])
+    Path("x.csv").write_bytes(CSV.encode() + b"f.png,caf\xe9\n")
+    assert "  x.csv:3" in problems_of(capsys, source="csv", captions="x.csv")[0]
+
+
+@pytest.mark.parametrize("text", ["", "picture,caption\na,b\n", "\n\n", "image\nf.png\n"])
+def test_a_csv_without_header_or_rows(here, capsys, text):
+    Path("x.csv").write_text(text)
+    _, error = problems_of(capsys, source="csv", captions="x.csv")
+    assert "x.csv" in error and ("expected a header" in error or "no images" in error)
+
+
+def test_twenty_of_each_sort_are_listed_and_all_are_counted(here, capsys):
+    photos(here / "photos", ["f.png"])
+    rows = [f"none{i}.png,x" for i in range(50)] + ["f.png,"] * 30
+    Path("x.csv").write_text("image,caption\n" + "\n".join(rows))
+    listed, error = problems_of(capsys, source="csv", captions="x.csv")
+    assert "no such image: 50" in listed and "and 30 more" in listed
+    assert "bad caption (empty): 30" in listed and "and 10 more" in listed
+    assert listed.count("x.csv:") == 40
+    assert "x.csv: 80 problems" in error
+
+
+def test_splits_and_ids(here, capsys):
+    photos(here / "photos", ["f.png", "g.png"])
+    lines = [
+        {"image": "f.png", "caption": "x", "id": 1, "split": "train"},
+        {"image": "f.png", "caption": "x", "id": 2, "split": "train"},
+        {"image": "f.png", "caption": "x", "id": 1, "split": "val"},
+        {"image": "g.png", "caption": "x", "id": 1, "split": "train"},
+        {"image": "g.png", "caption": 5, "split": "../../x"},
+        {"image": ["g.png"], "captions": [], "split": "val"},
+        {"image": "g.png", "captions": ["x", None], "split": "val", "id": 1.5},
+        ["no object"],
+    ]
+    text = "\n".join(map(json.dumps, lines)) + "\n{broken\n\n"
+    Path("x.jsonl").write_text(text)
+    listed, _ = problems_of(capsys, source="jsonl", captions="x.jsonl")
+    for expected in (
+        "image with two ids: 1\n  x.jsonl:2", "image in two splits: 2\n  x.jsonl:3",
+        "id of two images: 2\n  x.jsonl:3", "  x.jsonl:4",
+        "bad split name: 1\n  x.jsonl:5: ../../x",
+        "bad caption (not text): 1\n  x.jsonl:5", "bad caption (none): 1\n  x.jsonl:6",
+        "bad file name (not text): 1\n  x.jsonl:6", "bad caption (missing): 1\n  x.jsonl:7",
+        "bad id: 1\n  x.jsonl:7: 1.5", "not a JSON object: 1\n  x.jsonl:8",
+        "not JSON: 1\n  x.jsonl:9",
+    ):  # fmt: skip
+        assert expected in listed
+
+
+def test_a_line_of_flickr30k_without_its_bar_is_named(here, capsys):
+    """The file in circulation has one such line, for 2199200615.jpg."""
+    photos(here / "photos", ["f.png"])
+    lines = ["image_name| comment_number| comment", "f.png| 0| A dog .", "f.png| 4   A dog ."]
+    Path("x.csv").write_text("\n".join(lines))
+    listed, _ = problems_of(capsys, source="flickr", captions="x.csv")
+    assert listed == "neither a tab nor 3 columns: 1\n  x.csv:3: f.png| 4   A dog .\n"
+
+
+def test_coco_and_karpathy_entries_are_named(here, capsys):
+    photos(here / "photos", ["f.png", "g.png"])
+    image = {"id": 1, "file_name": "f.png"}
+    content = {"images": [image, image, {"id": [], "file_name": "g.png"}, 5],
+               "annotations": [{"image_id": 1, "id": 3, "caption": "x"}, {"caption": "x"},
+                               {"image_id": 9, "id": 3, "caption": "x"}]}  # fmt: skip
+    Path("x.json").write_text(json.dumps(content))
+    listed, _ = problems_of(capsys, source="coco", captions="x.json")
+    for expected in (
+        "annotation without an image_id: 1\n  x.json: annotations[1]",
+        "image listed twice: 1\n  x.json: images[1]", "bad caption (none): 2",
+        "bad id: 1\n  x.json: images[2]", "not a JSON object: 1\n  x.json: images[3]: 5",
+        "captions of an image that is not listed: 1\n  x.json: image_id 9",
+    ):  # fmt: skip
+        assert expected in listed
+    entry = {"filename": "f.png", "split": "train", "imgid": 0, "sentences": [{"raw": "x"}]}
+    content = {"images": [entry, entry, {**entry, "sentences": 3}, {**entry, "filename": "../x"}]}
+    Path("x.json").write_text(json.dumps(content))
+    listed, _ = problems_of(capsys, source="karpathy", captions="x.json")
+    for expected in ("image listed twice: 1\n  x.json: images[1]",
+                     "no list of `sentences`: 1\n  x.json: images[2]",
+                     "outside the images folder: 1\n  x.json: images[3]"):  # fmt: skip
+        assert expected in listed
+    for text in ("[]", '{"images": 3}', "{", "[" * 10_000, '"\xff"'):
+        Path("x.json").write_bytes(text.encode("latin-1"))
+        for source in ("coco", "karpathy"):
+            assert "x.json" in problems_of(capsys, source=source, captions="x.json")[1]
+
+
+def test_hostile_tars(here, capsys):
+    """Nothing is unpacked; links, names that leave the tar, and truncated tars are listed."""
+    photos(here, ["f.png"])
+    data = (here / "f.png").read_bytes()
+    Path("t").mkdir()
+    with tarfile.open("t/0.tar", "w") as tar:
+        add(tar, "../../escape.png", data)
+        add(tar, "/etc/escape.png", data)
+        add(tar, "0.png", data)
+        add(tar, "0.txt", b"x" * (2 << 20))
+        add(tar, "1.txt", b"alone")
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with tarfile.open("t/1.tar", "w") as tar:
+        add(tar, "3.png", data)
+        add(tar, "3.json", b"{")
+        add(tar, "4.txt", b"\xff")
+        add(tar, "4.png", data)
+    whole = Path("t/1.tar").read_bytes()
+    Path("t/2.tar").write_bytes(whole[: 512 + len(data) // 2])
+    Path("t/3.tar").write_bytes(b"no tar" * 1000)
+    before = {p for p in here.rglob("*")}
+    listed, _ = problems_of(capsys, source="shards", captions="t")
+    for expected in (
+        "file name outside the tar: 2\n  t/0.tar: member 0: ../../escape.png",
+        "t/0.tar: member 1: /etc/escape.png", "text of more than 1 MiB: 1\n  t/0.tar: member 3",
+        "captions without an image: 1\n  t/0.tar: member 4",
+        "neither a plain file nor a folder: 1\n  t/0.tar: member 5: 2.png",
+        "not JSON: 1\n  t/1.tar: member 1",
+        "broken tar: 2\n  t/2.tar", "  t/3.tar",
+    ):  # fmt: skip
+        assert expected in listed
+    assert {p for p in here.rglob("*")} == before
+
+
+def shard_of(path: str, members: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            add(tar, name, data)
+    return Path(path).read_bytes()
+
+
+def test_no_sample_of_a_truncated_or_damaged_tar_is_lost_silently(here, capsys):
+    """tarfile took a truncated or damaged header for the end, and ignored what follows the end."""
+    whole = shard_of("s.tar", {f"{i}.{k}": b"x" * 600 for i in range(9) for k in ("png", "txt")})
+    damaged, sixth = bytearray(whole), 5 * 2 * 1536
+    damaged[sixth + 8] ^= 1
+    for data in (damaged, whole[:sixth], whole[: sixth + 100], whole + whole):
+        Path("s.tar").write_bytes(data)
+        listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+        assert "tar that is cut, damaged, or two in one: 1\n  s.tar: no end mark at byte" in listed
+    Path("s.tar").write_bytes(whole[: sixth + 512 + 100])  # within a text, which is read at once
+    assert "broken tar: 1\n  s.tar: un" in problems_of(capsys, source="shards", captions="s.tar")[0]
+    Path("s.tar").write_bytes(gzip.compress(whole))
+    listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+    assert "s.tar: compressed: gunzip it first" in listed
+
+
+def test_keys_of_a_tar_may_have_dots_and_folders(here, capsys):
+    names = ("dog.v2", "x/0", "y/0", "./z")
+    shard_of("s.tar", {f"{n}.{k}": n.encode() for n in names for k in ("PNG", "txt")})
+    problems = sources.Problems()
+    cfg = Config(source="shards", captions="s.tar")
+    records = [record for _, _, record in sources.read_shards(cfg, problems)]
+    assert [(record.id, record.captions) for record in records] == [
+        ("dog.v2", ["dog.v2"]), ("x/0", ["x/0"]), ("y/0", ["y/0"]), ("z", ["./z"])
+    ]  # fmt: skip
+    with tarfile.open("s.tar", "a") as tar:
+        add(tar, "x/0.txt", b"another")
+    listed, _ = problems_of(capsys, source="shards", captions="s.tar")
+    assert "two members of one key and type: 1\n  s.tar: member 8: x/0.txt" in listed
+
+
+def test_one_file_with_two_names_is_one_image(here, capsys):
+    """`./a.png` in val passed as another image than `a.png` in train; split folders do differ."""
+    photos(here / "photos", ["a.png", "train/1.png", "val/1.png"])
+    Path("x.csv").write_text("image,caption,split\na.png,x,train\n./a.png,x,val\n")
+    listed, _ = problems_of(capsys, source="csv", captions="x.csv")
+    assert "image in two splits: 1\n  x.csv:3: ./a.png" in listed
+    Path("x.csv").write_text("image,caption,split\n1.png,x,train\n1.png,y,val\n")
+    cfg = Config(source="csv", captions="x.csv", images="photos/{split}")
+    assert {s: r[0].captions for s, r in sources.read(cfg).items()} == {
+        "train": ["x"], "val": ["y"]
+    }  # fmt: skip
+
+
+def test_nothing_is_dropped_if_columns_repeat_or_ids_are_partial(here, capsys):
+    photos(here / "photos", ["a.png", "b.png"])
+    Path("x.csv").write_text("image,caption,caption\na.png,one,two\n")
+    _, error = problems_of(capsys, source="csv", captions="x.csv")
+    assert error == "x.csv:1: two columns are called caption: rename one"
+    Path("x.jsonl").write_text('{"image": "a.png", "caption": "one", "captions": ["two"]}')
+    listed, _ = problems_of(capsys, source="jsonl", captions="x.jsonl")
+    assert "both `caption` and `captions`: 1\n  x.jsonl:1" in listed
+    sentences = {"a": {"raw": "x"}, "b": {"raw": "y", "sentid": 0}}
+    images = [{"filename": f"{n}.png", "split": "train", "imgid": n, "sentences": [sentence]}
+              for n, sentence in sentences.items()]  # fmt: skip
+    Path("k.json").write_text(json.dumps({"images": images}))
+    listed, _ = problems_of(capsys, source="karpathy", captions="k.json")
+    assert "caption ids for some images only: 1\n  k.json: images[1]" in listed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    photos(folder, ["f.png", "g.png"])
+    return folder
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.sampled_from(["f.png", "g.png"])), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
+    with open(folder / "x.csv", "w", newline="", encoding="utf-8", errors="surrogatepass") as file:
+        csv.writer(file).writerows([("image", "caption"), *((n, c) for c, n in rows)])
+    lines = [json.dumps({"image": name, "caption": caption}) for caption, name in rows]
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    expected = {}
+    for caption, name in rows:
+        expected.setdefault(name, []).append(" ".join(caption.split()))
+    usable = not any(sources.text_problem(c) for captions in expected.values() for c in captions)
+    for source in ("csv", "jsonl"):
+        cfg = Config(source=source, captions=f"{folder}/x.{source}", images=str(folder))
+        problems = sources.Problems()
+        splits = sources.gather(sources.READERS[source](cfg, problems), cfg, problems)
+        assert bool(problems.lines) != usable
+        if usable:
+            assert {r.file_name: r.captions for r in splits["train"]} == expected
+
+
+@given(st.binary(max_size=300), st.sampled_from(["csv", "jsonl", "flickr", "coco", "karpathy"]))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_read_or_refused_in_one_line(folder, data, source):
+    head = b"image,caption\nf.png,x\n" if source == "csv" else b""
+    (folder / "x.any").write_bytes(head + data)
+    cfg = Config(source=source, captions=f"{folder}/x.any", images=str(folder))
+    try:
+        sources.read(cfg)
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+ANY_JSON = st.recursive(
+    st.sampled_from([None, True, "f.png"]) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from("id image_id file_name filename split sentences raw caption sentid "
+                        "filepath cocoid tokens captions image".split()), inner, max_size=6),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.lists(ANY_JSON, max_size=4), st.lists(ANY_JSON, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_any_json_is_read_or_refused_in_one_line(folder, images, annotations):
+    content = json.dumps({"images": images, "annotations": annotations})
+    (folder / "x.json").write_text(content)
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, images)))
+    for source, name in (("coco", "x.json"), ("karpathy", "x.json"), ("jsonl", "x.jsonl")):
+        cfg = Config(source=source, captions=f"{folder}/{name}", images=str(folder))
+        with pytest.raises(UserError):  # there is never a val split
+            sources.read(cfg)
+
+
+def test_an_earlier_dataset_stays_until_the_source_is_good(here, clip):
+    every_photo(here / "photos")
+    options = dict(dataset="mine", source="csv", clip=clip, workers=0) | as_csv(here)
+    prepare.main(Config(**options))
+    before = made()
+    with open("val.csv", "a") as file:
+        print("f.png,,", file=file)
+    with pytest.raises(UserError, match="1 problem"):
+        prepare.main(Config(**options))
+    assert made() == before
+
+
+def test_unusable_captions_of_shards_are_left_out_and_listed(here, clip):
+    """img2dataset writes what it finds on the web; nobody can repair a line within a tar."""
+    every_photo(here / "photos")
+    captions = {"train": ["a dog", "", "two dogs", "x" * 3000, None, b"\xff"], "val": ["a cat"]}
+    Path("shards").mkdir()
+    for split, texts in captions.items():
+        with tarfile.open(f"shards/{split}.tar", "w") as tar:
+            for i, text in enumerate(texts):
+                bad = (split, i) == ("train", 2)
+                photo = (
+                    b"no image" if bad else (here / "photos" / f"{'cdefg'[i % 5]}.png").read_bytes()
+                )
+                add(tar, f"{i:04d}.png", photo)
+                if text is not None:
+                    add(tar, f"{i:04d}.txt", text if isinstance(text, bytes) else text.encode())
+    options = dict(dataset="mine", source="shards", captions="shards/{split}.tar", clip=clip,
+                encode_batch=2, workers=0)  # fmt: skip
+    with pytest.raises(UserError, match=r"at least \(rank 0\) 4 of 7 images cannot be used"):
+        prepare.main(Config(**options))
+    prepare.main(Config(**options, max_bad=0.8))
+    with open("data/mine/skipped.csv", newline="") as file:
+        rows = [(row["id"], row["reason"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("0001", "caption: empty"),
+        ("0002", f"no image in a known format ({' '.join(encoder.FORMATS)})"),
+        ("0003", "caption: more than 2000 characters"), ("0004", "caption: missing"),
+        ("0005", "caption: a control character, or not UTF-8"),
+    ]  # fmt: skip
+    opened = Split("data/mine", "train")
+    images, kept = opened.references()
+    assert [i["id"] for i in images] == ["0000"] and kept == [["a dog"]]
+    x = Encoder(clip)([read_image(here / "photos/c.png")])
+    torch.testing.assert_close(x, torch.tensor(opened.embeddings), atol=2e-3, rtol=2e-3)
