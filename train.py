@@ -66,15 +66,15 @@ def train(cfg: Config, device: Device) -> dict | None:
         # -- evaluate and save. A scheduler that has sent a signal may not wait for an evaluation:
         #    save at once; the resumed run begins with the evaluation that is due.
         stopping = device.any(training.signals.asked)
-        scores = None
+        scores, is_best = None, False
         if is_evaluation_due(progress, cfg) and not stopping:
             scores, samples = training.evaluator.evaluate(lambda: training.signals.asked)
             stopping = scores is None
         if scores:
-            progress.record(scores)
+            is_best = progress.record(scores)
             log.evaluation(progress.step, scores, samples)
         if scores or stopping:
-            training.save()
+            training.save(is_best)
             log.restart_clock()
         if progress.evaluated_at == progress.step >= cfg.max_iters:
             log.close(training.best_path, progress.best)
@@ -239,13 +239,12 @@ class Training:
 
     # -- last.pt and ckpt.pt --------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write last.pt, and ckpt.pt if this step's scores are the best so far.
+    def save(self, is_best: bool) -> None:
+        """Write last.pt, and ckpt.pt if this step was evaluated and is the best so far.
 
         ckpt.pt holds the averaged weights, if there are any: those that the scores belong to.
         """
         random = self.device.gather(self.device.random_states())
-        is_best = self.progress.is_best()
         if not self.device.is_first:
             return
         rest = {"step": self.progress.step, "scores": self.progress.scores}

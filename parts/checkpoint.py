@@ -27,30 +27,21 @@ class Progress:
     scores: dict = field(default_factory=dict)  # of that evaluation
     best: tuple[float, float] = (-1.0, 0.0)  # CIDEr and -val_loss of ckpt.pt's
 
-    def record(self, scores: dict) -> None:
-        """Note an evaluation of this step."""
+    def record(self, scores: dict) -> bool:
+        """Note an evaluation of this step. Return whether it beats the best so far: by CIDEr, then
+        by loss."""
         self.evaluated_at = self.step
         self.scores = scores
-
-    def is_best(self) -> bool:
-        """Whether this step's scores beat the best so far, by CIDEr and then by loss; if so, they
-        are the best from now on."""
-        if not self.scores or self.evaluated_at != self.step:
-            return False
-        candidate = (self.scores["CIDEr"], -self.scores["val_loss"])
-        if candidate <= self.best:
-            return False
-        self.best = candidate
-        return True
+        candidate = (scores["CIDEr"], -scores["val_loss"])
+        is_best = candidate > self.best
+        if is_best:
+            self.best = candidate
+        return is_best
 
     def as_dict(self) -> dict:
-        """Return the entries of last.pt."""
-        return {
-            "step": self.step,
-            "scored": self.evaluated_at,
-            "scores": self.scores,
-            "highest": self.best,
-        }
+        """Return the entries of last.pt, under the names that format 1 gave them."""
+        names = {"scored": self.evaluated_at, "highest": self.best}
+        return {"step": self.step, "scores": self.scores} | names
 
     @classmethod
     def from_dict(cls, content: dict) -> "Progress":

@@ -30,8 +30,6 @@ from helpers import (
     weights,
 )
 
-pytestmark = pytest.mark.xdist_group("machines")  # one at a time: they use the same names
-
 HOSTS = {"nc-host0": "10.77.0.1", "nc-host1": "10.77.0.2"}
 
 
