@@ -280,6 +280,21 @@ def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:
     return status, *capfd.readouterr()
 
 
+def succeed(script: str, args: list[str], capfd) -> str:
+    """Run a script in this process, with exit status 0. Return what it printed."""
+    status, out, err = outcome(script, args, capfd)
+    assert status == 0, err
+    return out + err
+
+
+def mistake(script: str, args: list[str], capfd) -> str:
+    """Run a script in this process. Return the one line on stderr with which it fails."""
+    status, _, err = outcome(script, args, capfd)
+    assert status in (1, 2), err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
 # ---------------------------------------------------------------------------------------------
 # What a run wrote
 

@@ -20,12 +20,12 @@ from helpers import (
     SMALL,
     children,
     equal,
-    finish,
     flags,
     log_of,
     one_line,
     outcome,
     start,
+    succeed,
     tiny_dataset,
     wait,
     wait_for_steps,
@@ -98,14 +98,14 @@ def test_wherever_a_checkpoint_meets_the_end_of_the_disk(disk):
     assert failed > 10 and torch.load(path)["y"] == content["y"]
 
 
-def test_a_log_that_fills_the_disk_is_mended(disk):
+def test_a_log_that_fills_the_disk_is_mended(disk, capfd):
     """Its last line is torn: the curves are drawn without it, and --resume writes it again.
 
     The log was kept open, and what its buffer held met the full disk once more at exit, with a
     second message. Hence a process of its own.
     """
     args = flags(max_iters=60, eval_interval=30)
-    finish(start("train.py", *args, "--out_dir=whole"))
+    succeed("train.py", [*args, "--out_dir=whole"], capfd)
     disk("size=8k")
     said = one_line(start("train.py", *args, "--out_dir=disk"))
     assert said == "disk/log.jsonl: No space left on device\n"
@@ -113,7 +113,7 @@ def test_a_log_that_fills_the_disk_is_mended(disk):
     assert len(text) == 8192 and not text.endswith("\n")
     assert [row["step"] for row in read_log("disk/log.jsonl")] == [*range(1, text.count("\n") + 1)]
     disk("size=8m")
-    said = finish(start("train.py", *args, "--out_dir=disk", "--resume"))
+    said = succeed("train.py", [*args, "--out_dir=disk", "--resume"], capfd)
     assert "starting from scratch" in said and equal("disk", "whole")
 
 

@@ -218,7 +218,9 @@ def undisturbed(tmp_path_factory, clip):
     }
     for name in ("train0.png", "train77.png", "val39.png"):
         (folder / "photos" / name).write_bytes(b"")
-    finish(begin(folder, options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare.main(Config(**options))
     return folder, options, made(folder / "data/mine")
 
 

@@ -22,8 +22,9 @@ from helpers import (
     flags,
     log_of,
     losses,
-    one_line,
+    mistake,
     start,
+    succeed,
     tiny_dataset,
     wait,
     wait_for_steps,
@@ -61,9 +62,12 @@ def test_a_tiny_dataset_is_learned_by_heart(here):
 @pytest.mark.parametrize("processes, micro", [(0, 2), (0, 4), (2, 1), (2, 2), (4, 1)])
 def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
     train.main(Config(**SMALL | dict(out_dir="one", max_iters=20)))
-    cut = flags(out_dir="cut", max_iters=20, gradient_accumulation_steps=micro)
-    output = finish(start("train.py", *cut, processes=processes))
-    assert losses("cut") == pytest.approx(losses("one"), abs=1e-5), output
+    cut = dict(out_dir="cut", max_iters=20, gradient_accumulation_steps=micro)
+    if processes:
+        finish(start("train.py", *flags(**cut), processes=processes))
+    else:
+        train.main(Config(**SMALL | cut))
+    assert losses("cut") == pytest.approx(losses("one"), abs=1e-5)
     one, cut = weights("one/last.pt"), weights("cut/last.pt")
     for name, value in one.items():
         assert torch.allclose(value, cut[name], atol=2e-4), name
@@ -132,9 +136,14 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(here, kind, monkeypa
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
+def test_sigterm_saves_and_the_run_resumes_as_if_nothing_was(here, capfd, processes):
+    def undisturbed(*args) -> str:
+        if processes:
+            return finish(start("train.py", *args, processes=processes))
+        return succeed("train.py", [*args], capfd)
+
     long = dict(max_iters=150, eval_interval=50)
-    finish(start("train.py", *flags(out_dir="whole", **long), processes=processes))
+    undisturbed(*flags(out_dir="whole", **long))
     args = flags(out_dir="parts", **long)
     run = start("train.py", *args, processes=processes)
     wait_for_steps(here / "parts/log.jsonl", 20, run)
@@ -146,7 +155,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_was(here, processes):
         run.send_signal(signal.SIGTERM)
         assert "stopped by a signal" in finish(run, status=train.PREEMPTED)
     assert len(losses("parts")) < 150
-    assert "resumed from" in finish(start("train.py", *args, "--resume", processes=processes))
+    assert "resumed from" in undisturbed(*args, "--resume")
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
@@ -165,12 +174,12 @@ def test_what_may_change_on_resume_is_noted_and_takes_effect(here, capfd, monkey
     assert group["weight_decay"] == 0.5 and group["betas"][1] == 0.5
 
 
-def test_fewer_processes_go_on_where_more_stopped(here):
-    """With other draws, which is noted; without dropout there are none."""
+def test_fewer_processes_resume_where_more_stopped(here, capfd):
+    """With other random numbers, which is noted; without dropout there are none."""
     args, short = flags(lr_decay_iters=12), "--max_iters=6"
-    finish(start("train.py", *args, "--out_dir=whole"))
+    succeed("train.py", [*args, "--out_dir=whole"], capfd)
     finish(start("train.py", *args, "--out_dir=parts", short, processes=2))
-    log = finish(start("train.py", *args, "--out_dir=parts", "--resume"))
+    log = succeed("train.py", [*args, "--out_dir=parts", "--resume"], capfd)
     assert "note: checkpoint from 2 x cpu, now 1 x cpu: random numbers will differ" in log
     assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
 
@@ -226,17 +235,17 @@ def test_no_thread_of_ours_or_of_gloo_is_left_when_python_ends(here):
     assert finish(run).count("left: 0 1") == 2
 
 
-def test_sigkill_at_random_moments_loses_nothing(here):
+def test_sigkill_at_random_moments_loses_nothing(here, capfd):
     """The long version, twenty kills, is tests/kill_train.py."""
     chance = random.Random(0)
     args = flags(eval_interval=5, max_iters=60)
-    finish(start("train.py", *args, "--out_dir=whole"))
+    succeed("train.py", [*args, "--out_dir=whole"], capfd)
     for _ in range(3):
         run = start("train.py", *args, "--out_dir=parts", "--resume")
         time.sleep(chance.uniform(2, 6))
         run.kill()
         wait(run)
-    finish(start("train.py", *args, "--out_dir=parts", "--resume"))
+    succeed("train.py", [*args, "--out_dir=parts", "--resume"], capfd)
     assert losses("parts") == losses("whole")
     whole, parts = weights("whole/last.pt"), weights("parts/last.pt")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
@@ -302,15 +311,15 @@ def test_the_learning_rate_warms_up_and_decays():
         (["config/none.py"], "config/none.py"),
     ],
 )
-def test_mistakes_are_one_line(here, args, says):
+def test_mistakes_are_one_line(here, capfd, args, says):
     if "cuda" in args[0] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert says in one_line(start("train.py", *flags(), *args))
+    assert says in mistake("train.py", [*flags(), *args], capfd)
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_training(here):
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(here, capfd):
     (here / "file").write_text("")
-    assert "file" in one_line(start("train.py", *flags(out_dir="file/out")))
+    assert "file" in mistake("train.py", flags(out_dir="file/out"), capfd)
 
 
 class RunsCode:
