@@ -264,11 +264,13 @@ class ClipLM(nn.Module):
         """Return the prefix's keys and values: for each layer a pair of (B, nh, P, hs)."""
         x = self.transformer.drop(self.embed_prefix(embeddings))
         mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril_()
+        *blocks, last = self.transformer.h
         prefix_kv = []
-        for block in self.transformer.h:
+        for block in blocks:
             x, kv = block(x, mask)
             prefix_kv.append(kv)
-        return prefix_kv
+        _, k, v = last.attn.split_heads(last.ln_1(x))  # nothing reads the last layer's output
+        return [*prefix_kv, (k, v)]
 
     def step(
         self, tokens: Tensor, position: int, prefix_kv: list[KeyValue] | None,
@@ -295,10 +297,8 @@ class ClipLM(nn.Module):
 
     @torch.inference_mode()
     def prefix_attention(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
-        """Return how the last layer looks at the prefix as it chooses each token, (B, S, P).
-
-        tokens are (B, S), from bos on. The rest of each row's 1 goes to the caption itself.
-        """
+        """Return how the last layer looks at the prefix as it chooses what follows each of the
+        tokens (B, S), (B, S, P). The rest of each row's 1 goes to the caption itself."""
         segments = torch.ones_like(tokens)
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         x, mask = self.embed_rows(embeddings, tokens, segments, positions)
