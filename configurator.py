@@ -15,10 +15,9 @@ import math
 import os
 import re
 import sys
-import textwrap
 import warnings
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
@@ -136,12 +135,12 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks, for the __post_init__ of any settings class. An error carries the name of the setting,
-# so that `build` can add where it was set.
+# Checks: `cast` for every value of every file, flag and checkpoint, the others for the
+# __post_init__ of any settings class
 
 
 class ConfigError(UserError):
-    """A setting that does not exist, cannot be read, or is out of its range; `name` says which."""
+    """A setting that is unknown, unreadable or out of range; `name` lets `build` say where."""
 
     def __init__(self, text: str, name: str = ""):
         super().__init__(text)
@@ -161,16 +160,12 @@ def refuse(name: str, expected: str, value):
 
 
 def one_of(cfg, name: str, choices: str):
-    """Check that a setting is one of the words in `choices`."""
     if getattr(cfg, name) not in choices.split():
         refuse(name, f"one of {choices}", getattr(cfg, name))
 
 
 def within(cfg, names: str, low, high=10**9, below=math.inf):
-    """Check that low <= setting <= high and setting < below, for each setting in `names`.
-
-    By default a setting is at most 10**9, so that it fits an int32 or a float32.
-    """
+    """Check that low <= setting <= high and setting < below, for each name. 10**9 fits an int32."""
     for name in names.split():
         value = getattr(cfg, name)
         if not (low <= value <= high and value < below):
@@ -178,11 +173,9 @@ def within(cfg, names: str, low, high=10**9, below=math.inf):
             refuse(name, f"{low} <= {name} {limit}", value)
 
 
-# ---------------------------------------------------------------------------------------------
-# Types: every value of every file, flag and checkpoint passes `cast`.
-
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOTHING = ("none", "auto", "null")
+kinds_of = get_type_hints  # of a settings class: {name: type}, inherited ones included
 EXPECTED = {bool: "true or false", int: "an int", float: "a float", str: "a string", dict: "a dict"}
 
 
@@ -214,12 +207,6 @@ def cast(name: str, value, kind):
     if kind is str and re.search("[\0\ud800-\udfff]", value):  # no file name or file takes these
         refuse(name, "a string without NUL and surrogates", value)
     return value
-
-
-def kinds_of(cls) -> dict:
-    """Return the type of each setting, {name: type}, inherited ones included."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,27 +300,31 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
     """Return the settings dataclass `cls` as the config files and flags in `argv` set it.
 
     Flags are `--key=value` or `--key value`, a bare `--key` for a bool, `--key a b c` for a tuple.
-    Arguments without dashes are config files. With `files=False` there are none. `positional`
-    names settings that such arguments set instead, in order; a tuple takes all that are left.
+    Arguments without dashes are config files, or errors if `files` is false. With `positional`,
+    they set the settings that it names, in order, and a tuple takes all that are left.
 
     A mistake prints one line to stderr and exits with status 2; `--help` or `-h` prints `usage`
     and the settings, and exits with 0.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, usage))
+        try:
+            print(help_text(cls, usage), flush=True)
+        except BrokenPipeError:  # of `| head`; at its end, Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     try:
         paths, flags = read_flags(cls, argv, positional.split())
         if paths and (positional or not files):
-            accepted = " and ".join([*positional.upper().split(), "--flags"])
-            raise ConfigError(f"this script takes only {accepted}, not `{paths[0]}`")
-        return build(cls, [*(setting for path in paths for setting in read_file(path)), *flags])
+            names = positional.upper().replace(" ", ", ")
+            flags = f"{names}{names and ' and '}--flags"
+            raise ConfigError(f"this script takes only {flags}, not `{paths[0]}`")
+        return build(cls, [*chain.from_iterable(map(read_file, paths)), *flags])
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def read_flags(cls, argv: list[str], positional=()) -> tuple[list, list]:
+def read_flags(cls, argv: list[str], positional: list[str]) -> tuple[list, list]:
     """Return the arguments that set nothing, and ("--", name, value) for those that do."""
     kinds = kinds_of(cls)
     args = list(argv)
@@ -349,25 +340,22 @@ def read_flags(cls, argv: list[str], positional=()) -> tuple[list, list]:
             rest.append(arg)
             continue
         name, equals, value = arg[2:].partition("=")
-        values = [value] if equals else take_values(kinds.get(name), args)
-        if get_origin(kinds.get(name)) is tuple:
+        kind = kinds.get(name)
+        values = [value]
+        if not equals:
+            values = list(takewhile(lambda arg: not arg.startswith("--"), args))
+            if get_origin(kind) is not tuple:
+                values = values[:1]
+            is_bool = bool in (kind, *get_args(kind))
+            if is_bool and not {*WORDS, *NOTHING}.issuperset(map(str.lower, values)):
+                values = []
+            del args[: len(values)]
+            values = values or [is_bool or None]  # a bare --flag is true
+        if get_origin(kind) is tuple:
             lists[name] = lists.get(name, []) + values
             values = [lists[name]]
         flags.append(("--", name, values[0]))
     return rest, flags
-
-
-def take_values(kind, args: list[str]) -> list:
-    """Remove the values of a flag without `=` from the arguments that follow it. Return them."""
-    values = list(takewhile(lambda arg: not arg.startswith("--"), args))
-    if get_origin(kind) is not tuple:
-        values = values[:1]
-        if bool in (kind, *get_args(kind)):
-            values = [value for value in values if value.lower() in (*WORDS, *NOTHING)]
-            if not values:
-                return [True]  # a bare --flag, whatever follows
-    del args[: len(values)]
-    return values or [None]
 
 
 def build(cls, settings, source: str = "--"):
@@ -408,20 +396,17 @@ def from_dict(cls, d: dict, where: str):
     return build(cls, [(where, name, value) for name, value in d.items()], where)
 
 
-def help_text(cls, usage: str = "") -> str:
+def help_text(cls, usage: str) -> str:
     """Return `usage` and the settings as the sources of `cls` and of its bases show them."""
     shown = {}  # name of a setting, or a comment -> its line; a class comes before its bases
     for base in filter(is_dataclass, cls.__mro__):
-        source = textwrap.dedent(inspect.getsource(base)).splitlines()
-        for line in takewhile(lambda line: not re.match(r" +(def |@)", line), source):
-            if re.match(r"    (# |\w+: )", line):
-                shown.setdefault(line.partition(":")[0], line.strip())
-    lines = [usage.strip(), "\nSettings, each set by --name=value:"]
-    for line in shown.values():
-        setting, _, comment = line.partition("  # ")
-        if line.startswith("# -- "):
-            line = f"\n{line}"
-        elif comment:
-            line = f"{setting:<36}  # {comment}"
-        lines.append(line)
-    return "\n".join(lines).strip()
+        settings = re.split(r"\n +(?:def |@)", inspect.getsource(base))[0]
+        for line in re.findall(r"^    (# .*|\w+: .*)", settings, re.MULTILINE):
+            setting, _, comment = line.partition("  # ")
+            if line.startswith("# -- "):
+                line = f"\n{line}"
+            elif comment:
+                line = f"{setting:<36}  # {comment}"
+            shown.setdefault(setting.partition(":")[0], line)
+    title = "\nSettings, each set by --name=value:"
+    return "\n".join([usage.strip(), title, *shown.values()]).strip()

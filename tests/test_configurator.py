@@ -203,7 +203,7 @@ def test_words_without_dashes_set_the_positional_settings_in_order(capsys):
     def refused(*argv, positional="ckpt beams"):
         return line_of(capsys, *argv, cls=Sampling, files=False, positional=positional)
 
-    assert refused("c.pt", "3", "x") == "this script takes only CKPT and BEAMS and --flags, not `x`"
+    assert refused("c.pt", "3", "x") == "this script takes only CKPT, BEAMS and --flags, not `x`"
     assert refused("c.pt", "-x", "3").endswith(" --flags, not `-x`")
     assert refused("c.pt", "six") == "--beams: expected an int, got `six`"
     assert refused("--verbose") == "--ckpt is required"
@@ -607,6 +607,18 @@ def test_a_script_ends_in_one_line_and_no_traceback():
     assert outcome("--repz") == (2, "", "--repz: no such setting, did you mean `--reps`?\n")
     code, out, err = outcome("--help")
     assert (code, err) == (0, "") and "reps: int = 3" in out and "  # repetitions" in out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_into_a_closed_pipe_has_no_traceback(unbuffered):
+    """`python train.py --help | head -1` once ended in a BrokenPipeError."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---------------------------------------------------------------------------------------------
