@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -32,8 +31,6 @@ SMALL = 40_000  # bytes; a smaller image is embedded as it is
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    """Settings of `python gallery.py`."""
-
     predictions: str  # of sample.py, or any COCO result file; needs no --predictions=
     out: str = ""  # the page; empty: gallery.html next to the predictions
     images: str = ""  # folder in which to look for the images first
@@ -148,21 +145,16 @@ def embed(data) -> str:
     Numbers are rounded to four digits. NaN and infinity, which JSON does not have, become null.
     """
     rounded = json.loads(
-        json.dumps(data),
-        parse_float=lambda number: round(float(number), 4),
-        parse_constant=lambda name: None,
+        json.dumps(data), parse_float=lambda x: round(float(x), 4), parse_constant=lambda x: None
     )
     text = json.dumps(rounded, separators=(",", ":"), allow_nan=False)  # ASCII, so no U+2028
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
 def write(
-    predictions: Sequence[dict], path: Path | str, *,
-    title: str = "", images_root: Path | str = "", external: bool = False,
-) -> list[str]:  # fmt: skip
-    """Write the page of some predictions, entries as in FORMAT, to `path`.
+    predictions: list[dict], page: Path, title="", images_root: Path | str = "", external=False
+) -> list[str]:
+    """Write the page of some predictions, entries as in FORMAT.
 
     Look for images in `images_root` first. They become data URIs, or with `external` files in the
     folder <page>_files, which must stay next to the page.
@@ -170,9 +162,7 @@ def write(
     Return the names of the images that are missing or broken; the page shows them without a
     picture. Raise UserError for an entry that cannot be shown.
     """
-    predictions = list(predictions)
     check(predictions)
-    page = Path(path)
     folder = page.with_name(f"{page.stem}_files")
     (folder if external else page.parent).mkdir(parents=True, exist_ok=True)
     shown = []
@@ -183,27 +173,25 @@ def write(
         # os.path.isfile is False for names that Path.is_file refuses
         image = next((place for place in places if os.path.isfile(place)), None)
         picture = thumbnail(image) if image else None
-        source = ""
+        record = {key: entry[key] for key in FORMAT if entry.get(key) not in (None, [], {}, "")}
+        record |= {"image_id": entry["image_id"], "caption": entry["caption"], "src": ""}
         if picture:
             kind, content = picture
             if external:
                 file = folder / f"{n:05d}.{kind}"
                 file.write_bytes(content)
-                source = quote(f"{folder.name}/{file.name}")
+                record["src"] = quote(f"{folder.name}/{file.name}")
             else:
-                source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+                record["src"] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         elif names:
             missing.append(names[0])
-        record = {key: entry[key] for key in FORMAT if entry.get(key) not in (None, [], {}, "")}
-        record |= {"image_id": entry["image_id"], "caption": entry["caption"], "src": source}
         attention = record.pop("attention", None)
         if attention and attention[0]:
             record["attention"] = pack_attention(attention, entry.get("grid"))
         shown.append(record)
-    head, mark, tail = TEMPLATE.read_text(encoding="utf-8").partition("{{data}}")
-    assert mark, "the template has no place for the data"
     data = embed({"title": title or "Captions", "images": shown})
-    page.write_text(head + data + tail, encoding="utf-8")
+    html = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
+    page.write_text(html, encoding="utf-8")
     return missing
 
 
@@ -216,9 +204,8 @@ def main(cfg: GalleryConfig) -> None:
         raise UserError(f"images={cfg.images}: no such folder")
     predictions = read_json(cfg.predictions, "`python sample.py` writes it")
     check(predictions, cfg.predictions)
-    page = Path(cfg.out) if cfg.out else Path(cfg.predictions).with_name("gallery.html")
-    title = cfg.title or cfg.predictions
-    missing = write(predictions, page, title=title, images_root=cfg.images, external=cfg.external)
+    page = Path(cfg.out or Path(cfg.predictions).with_name("gallery.html"))
+    missing = write(predictions, page, cfg.title or cfg.predictions, cfg.images, cfg.external)
     if missing:
         some = ", ".join(missing[:3])
         print(f"{len(missing)} images missing or broken, such as {some}", file=sys.stderr)
@@ -226,5 +213,4 @@ def main(cfg: GalleryConfig) -> None:
 
 
 if __name__ == "__main__":
-    argv = sys.argv[1:]
-    run(main, configure(GalleryConfig, argv, __doc__, files=False, positional="predictions"))
+    run(main, configure(GalleryConfig, sys.argv[1:], __doc__, positional="predictions"))

@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,27 +44,21 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
     # effective_order only silences a warning: the counts are the same
     options = {"tokenize": "none", "force": True, "smooth_method": "none", "effective_order": True}
     counter = sacrebleu.BLEU(**options)
-    stats = [
-        counter.sentence_score(hypothesis, list(group))
-        for hypothesis, group in zip(hypotheses, references, strict=True)
-    ]
-    correct = np.array([s.counts for s in stats], float)  # (images, 4)
-    total = np.array([s.totals for s in stats], float)  # (images, 4)
-    lengths = np.array([(s.sys_len, s.ref_len) for s in stats], float)  # (images, 2)
-
-    def combine(correct: np.ndarray, total: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        precision = (correct + 1e-15) / (total + 1e-9)
-        ratio = (lengths[..., :1] + 1e-15) / (lengths[..., 1:] + 1e-9)
-        brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
-        return precision.cumprod(axis=-1) ** (1 / np.arange(1, 5)) * brevity
-
-    return combine(correct.sum(0), total.sum(0), lengths.sum(0)), combine(correct, total, lengths)
+    stats = []
+    for hypothesis, group in zip(hypotheses, references, strict=True):
+        s = counter.sentence_score(hypothesis, list(group))
+        stats.append([*s.counts, *s.totals, s.sys_len, s.ref_len])
+    stats = np.array([np.sum(stats, 0), *stats], float)  # (1 + images, 10), the corpus first
+    precision = (stats[:, :4] + 1e-15) / (stats[:, 4:8] + 1e-9)
+    ratio = (stats[:, 8:9] + 1e-15) / (stats[:, 9:] + 1e-9)
+    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    scores = precision.cumprod(1) ** (1 / np.arange(1, 5)) * brevity  # (1 + images, 4)
+    return scores[0], scores[1:]
 
 
-def rouge_l(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], beta: float = 1.2
-) -> np.ndarray:
+def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Return ROUGE-L of each image, (images,): F of the best precision and recall (Lin 2004)."""
+    beta = 1.2  # recall counts more than precision
     scores = np.zeros(len(hypotheses))
     for i, (hypothesis, group) in enumerate(zip(hypotheses, references, strict=True)):
         words = hypothesis.split(" ")  # as the toolkit splits: an empty caption is one empty word
@@ -87,6 +82,7 @@ def rouge_l(
 
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
+LAST = np.uint64(2**64 - 1)  # the last key of each table; stands for keys that are not in it
 END = "\n"  # the end token: no caption can contain it as a word
 
 
@@ -116,12 +112,10 @@ def ngram_keys(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarra
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def look_up(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of each key in a sorted table, and whether it is there at all."""
-    if not len(table):  # every reference is empty
-        table = np.zeros(1, np.uint64)
-    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    return index, table[index] == keys
+def look_up(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the index of each key in a sorted table that ends in LAST; -1 if it is not there."""
+    index = np.searchsorted(table, keys)
+    return np.where(table[index] == keys, index, -1)
 
 
 class CiderD:
@@ -152,45 +146,34 @@ class CiderD:
         most = self.counts.max()  # references of an image
         image = np.repeat(np.arange(n_images), self.counts)  # of each caption
         slot = np.concatenate([np.arange(n) for n in self.counts])  # of a caption in its image
-        words = [self.words(caption) for group in references for caption in group]
-        self.lengths = np.zeros((n_images, most))
-        self.lengths[image, slot] = self.n_bigrams(words)
+        words = [[*tokenize(caption), *self.end] for group in references for caption in group]
+        self.lengths = np.zeros((n_images, most))  # at least 1: the toolkit counts bigrams
+        self.lengths[image, slot] = [max(1, len(w)) for w in words]
 
         caption, order, gram = ngram_keys(words)
         pairs = gram * MULTIPLIER + image[caption].astype(np.uint64)  # of n-gram and image
-        self.pairs, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
-        tf = np.bincount(inverse * most + slot[caption], minlength=len(first) * most)
-        small = np.min_scalar_type(tf.max(initial=0))  # COCO has 17 million pairs
-        self.tf = tf.reshape(-1, most).astype(small)  # (pairs, most)
+        pairs, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+        self.pairs = np.append(pairs, LAST)
+        tf = np.bincount(inverse * most + slot[caption], minlength=len(self.pairs) * most)
+        small = np.min_scalar_type(tf.max())  # COCO has 17 million pairs
+        self.tf = tf.reshape(-1, most).astype(small)  # (pairs + 1, most); the last row is 0
         gram = gram[first]
         row = image[caption[first]] * 4 + order[first]
 
         if document_frequencies is None:
-            self.grams, index, df = np.unique(gram, return_inverse=True, return_counts=True)
+            grams, df = np.unique(gram, return_counts=True)
+            self.grams = np.append(grams, LAST)
             self.idf = np.log(n_images) - np.log(np.append(df, 1))  # the last: of unseen n-grams
             self.df_images = n_images
-            idf = self.idf[index]
         else:
             if document_frequencies.end != self.end:
                 raise ValueError("CIDEr-D: frequencies with and without the end token do not mix")
             self.grams = document_frequencies.grams
             self.idf = document_frequencies.idf
             self.df_images = document_frequencies.df_images
-            idf = self.idf_of(gram)
-        squares = [np.bincount(row, (tf * idf) ** 2, n_images * 4) for tf in self.tf.T]
+        idf = self.idf[look_up(self.grams, gram)]
+        squares = [np.bincount(row, (tf * idf) ** 2, n_images * 4) for tf in self.tf[:-1].T]
         self.norms = np.sqrt(squares).reshape(most, n_images, 4).transpose(1, 0, 2)
-
-    def words(self, caption: str) -> list[str]:
-        return [*self.tokenize(caption), *self.end]
-
-    @staticmethod
-    def n_bigrams(captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """Return what the toolkit takes for the captions' lengths."""
-        return np.array([max(0, len(words) - 1) for words in captions])
-
-    def idf_of(self, gram: np.ndarray) -> np.ndarray:
-        index, known = look_up(self.grams, gram)
-        return self.idf[np.where(known, index, -1)]
 
     def score(self, images: Sequence[int], captions: Sequence[str]) -> np.ndarray:
         """Return CIDEr-D of each caption, (captions,), from 0 to 10.
@@ -201,33 +184,30 @@ class CiderD:
         n = len(captions)
         if len(images) != n:
             raise ValueError(f"CIDEr-D: {n} captions, {len(images)} images: give as many of each")
-        words = [self.words(caption) for caption in captions]
+        words = [[*self.tokenize(caption), *self.end] for caption in captions]
         caption, order, gram = ngram_keys(words)
         pairs = gram * MULTIPLIER + caption.astype(np.uint64)
         _, first, tf = np.unique(pairs, return_index=True, return_counts=True)
         caption = caption[first]
         gram = gram[first]
         row = caption * 4 + order[first]
-        idf = self.idf_of(gram)
+        idf = self.idf[look_up(self.grams, gram)]
         norm = np.sqrt(np.bincount(row, (tf * idf) ** 2, n * 4)).reshape(n, 1, 4)
 
         pairs = gram * MULTIPLIER + images[caption].astype(np.uint64)
-        index, known = look_up(self.pairs, pairs)
-        row = row[known]
-        tf = tf[known]
-        weight = idf[known] ** 2
-        reference_tf = self.tf[index[known]].T  # (most, ngrams)
-        dots = [np.bincount(row, np.minimum(tf, t) * t * weight, n * 4) for t in reference_tf]
+        reference_tf = self.tf[look_up(self.pairs, pairs)].T  # (most, ngrams)
+        dots = [np.bincount(row, np.minimum(tf, t) * t * idf**2, n * 4) for t in reference_tf]
         dots = np.array(dots, float).reshape(len(dots), n, 4).transpose(1, 0, 2)
         scale = norm * self.norms[images]  # (captions, most, 4), as dots
         cosine = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
-        delta = self.n_bigrams(words)[:, None] - self.lengths[images]  # (captions, most)
+        lengths = np.array([max(1, len(w)) for w in words])
+        delta = lengths[:, None] - self.lengths[images]  # (captions, most)
         penalty = np.exp(-(delta**2) / (2 * 6.0**2))
         return 10 * (cosine.mean(2) * penalty).sum(1) / self.counts[images]
 
 
 # ---------------------------------------------------------------------------------------------
-# The toolkit's Java programs, if they are installed
+# All metrics together; METEOR and `java` need the toolkit's Java programs
 
 
 def java_missing() -> str | None:
@@ -263,10 +243,6 @@ def java_meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     finally:
         if meteor.lock.locked():  # after Ctrl-C; its __del__ would wait for the lock forever
             meteor.lock.release()
-
-
-# ---------------------------------------------------------------------------------------------
-# All of them
 
 
 def some(ids: Sequence) -> str:
@@ -306,7 +282,7 @@ def score(
     if not hypotheses:
         raise UserError("there are no captions to score")
 
-    captions = [group[0] for group in token_strings(([c] for c in hypotheses.values()), java)]
+    (captions,) = token_strings([hypotheses.values()], java)
     groups = token_strings(references.values(), java)
     index = {i: n for n, i in enumerate(references)}
     images = [index[i] for i in hypotheses]
@@ -330,10 +306,7 @@ def score(
     return dict.fromkeys(NAMES) | named(corpus), dict(zip(hypotheses, per_image, strict=True))
 
 
-def signature(
-    hypotheses: Mapping, references: Mapping, *,
-    java: bool = False, meteor: bool = False, document_frequencies: CiderD | None = None,
-) -> str:  # fmt: skip
+def signature(hypotheses, references, java=False, meteor=False, document_frequencies=None) -> str:
     """Return how `score` computes, given the same arguments. Scores compare if they share it."""
     counts = {len(references[i]) for i in hypotheses}  # references per image
     refs = "-".join(map(str, sorted({min(counts), max(counts)})))
@@ -354,8 +327,6 @@ def signature(
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Settings of `python metrics.py`."""
-
     predictions: str  # COCO results (.json) or our CSV, one caption per image
     references: str  # COCO annotations (.json) of at least these images
     java: bool = False  # tokenize with the toolkit's program
@@ -403,11 +374,10 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     Those are scored as empty. Raise UserError if an image has several captions or no references.
     """
     by_name = {str(i): i for i in references}  # a CSV has "42" for the references' 42
-    captions = {}
     rows = read_rows(path)
-    for row in rows:
-        captions.setdefault(str(row["image_id"]), []).append(row["caption"])
-    twice = [name for name, group in captions.items() if len(group) > 1]
+    captions = {str(row["image_id"]): row["caption"] for row in rows}
+    counts = Counter(str(row["image_id"]) for row in rows)
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         what = f"{len(twice)} images have several captions ({some(twice)})"
         raise UserError(f"{path}: {what}: give one per image")
@@ -415,7 +385,7 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     if unknown:
         what = f"no references for {len(unknown)} of {len(rows)} predictions ({some(unknown)})"
         raise UserError(f"{path}: {what}: add them or drop these predictions")
-    hypotheses = {by_name[name]: group[0] for name, group in captions.items()}
+    hypotheses = {by_name[name]: caption for name, caption in captions.items()}
     not_text = [i for i, caption in hypotheses.items() if not isinstance(caption, str)]
     return hypotheses | dict.fromkeys(not_text, ""), len(not_text)
 
@@ -427,12 +397,12 @@ def main(cfg: MetricsConfig) -> None:
     references, references_not_text = read_references(cfg.references)
     hypotheses, not_text = read_predictions(cfg.predictions, references)
     frequencies = None
-    if cfg.df == "scored":
-        own = [references[i] for i in hypotheses]
-        frequencies = CiderD(token_strings(own, cfg.java), tokenize=str.split)
-    elif cfg.df != "references":
-        others, _ = read_references(cfg.df)
-        frequencies = CiderD(token_strings(others.values(), cfg.java), tokenize=str.split)
+    if cfg.df != "references":
+        if cfg.df == "scored":
+            counted = {i: references[i] for i in hypotheses}
+        else:
+            counted, _ = read_references(cfg.df)
+        frequencies = CiderD(token_strings(counted.values(), cfg.java), tokenize=str.split)
     options = {"java": cfg.java, "meteor": not missing, "document_frequencies": frequencies}
     corpus, _ = score(hypotheses, references, **options)
     counts = {
@@ -529,6 +499,4 @@ def tokenize_chunk(chunk: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    argv = sys.argv[1:]
-    positional = "predictions references"
-    run(main, configure(MetricsConfig, argv, __doc__, files=False, positional=positional))
+    run(main, configure(MetricsConfig, sys.argv[1:], __doc__, positional="predictions references"))

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import os
 import struct
 import warnings
@@ -57,7 +58,20 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
     from PIL import Image, ImageOps, PngImagePlugin
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a colour profile may be large
-    data = read_bytes(path, offset, size)
+    if size < 0 or size > LARGEST:
+        size = LARGEST + 1
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        if error.errno in MISSING:
+            raise BadImage(error.strerror) from None
+        raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
+    if not data:
+        raise BadImage("empty file")
+    if len(data) > LARGEST:
+        raise BadImage(f"more than {LARGEST >> 20} MiB")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -85,25 +99,6 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except BROKEN as error:
         raise BadImage(f"broken: {error or type(error).__name__}") from None
-
-
-def read_bytes(path: Path | str, offset: int, size: int) -> bytes:
-    """Return `size` bytes of a file, or all of it if size is negative. Raise as `read_image`."""
-    if size < 0 or size > LARGEST:
-        size = LARGEST + 1
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-    except OSError as error:
-        if error.errno in MISSING:
-            raise BadImage(error.strerror) from None
-        raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
-    if not data:
-        raise BadImage("empty file")
-    if len(data) > LARGEST:
-        raise BadImage(f"more than {LARGEST >> 20} MiB")
-    return data
 
 
 def to_8_bits(image):
@@ -154,10 +149,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 # ---------------------------------------------------------------------------------------------
 # The model
 
-TOWERS = {  # model type -> class in transformers, whether it has a class token
-    "clip": ("CLIPVisionModelWithProjection", True),
-    "siglip": ("SiglipVisionModel", False),
-}
+TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 
 
 def extras() -> None:
@@ -168,37 +160,6 @@ def extras() -> None:
     except ImportError as error:
         need = "pip install -r requirements-clip.txt"
         raise UserError(f"{error.name} is missing: {need}") from None
-
-
-def load_tower(name: str):
-    """Return (processor, model in eval mode, "clip" or "siglip") of a model name or a folder.
-
-    Raise UserError if they cannot be loaded.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    folder = os.path.expanduser(name)
-    if name.startswith((".", "/", "~", "assets/")) and not Path(folder).is_dir():
-        raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
-    transformers.logging.set_verbosity_error()  # it would advise to install torchvision
-    transformers.logging.disable_progress_bar()
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder)
-        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
-        kind = model_type.removesuffix("_vision_model")
-        if kind not in TOWERS:
-            raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
-        model, info = getattr(transformers, TOWERS[kind][0]).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-    except (*BROKEN, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"clip={name} could not be loaded: {reason}") from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"clip={name} lacks weights: {missing}")
-    return processor, model.eval(), kind
 
 
 class Encoder:
@@ -217,15 +178,38 @@ class Encoder:
         if not name:
             raise UserError("clip: expected a model's name or folder, got nothing")
         extras()
-        processor, model, self.kind = load_tower(name)
+        import transformers
+        from safetensors import SafetensorError
+
+        folder = os.path.expanduser(name)
+        if name.startswith((".", "/", "~", "assets/")) and not Path(folder).is_dir():
+            raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
+        transformers.logging.set_verbosity_error()  # it would advise to install torchvision
+        transformers.logging.disable_progress_bar()
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(folder)
+            model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+            self.kind = model_type.removesuffix("_vision_model")
+            if self.kind not in TOWERS:
+                raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
+            model, info = getattr(transformers, TOWERS[self.kind]).from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        except (*BROKEN, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"clip={name} could not be loaded: {reason}") from None
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"clip={name} lacks weights: {missing}")
+
         self.name = name
         self.features = features
         self.grid = grid
         self.device = torch.device(device)
         self.processor = processor
-        self.model = model.to(self.device)
+        self.model = model.eval().to(self.device)
         self.tower = getattr(model, "vision_model", model)
-        self.has_class = TOWERS[self.kind][1]
+        self.has_class = self.kind == "clip"  # a class token, and a projection
         config = model.config
         self.side = config.image_size // config.patch_size
         if grid > self.side:
@@ -256,7 +240,8 @@ class Encoder:
 
     def read(self, files: list[tuple]) -> tuple[torch.Tensor, dict[int, str]]:
         """Return the pixels of the readable files, and {index: reason} of the others."""
-        images, bad = [], {}
+        images = []
+        bad = {}
         for i, file in enumerate(files):
             try:
                 images.append(read_image(*file))
@@ -281,8 +266,9 @@ class Encoder:
             if self.has_class:
                 x = self.tower.post_layernorm(x)
             if self.grid:
-                first, patches = x[:, : self.has_class], x[:, self.has_class :]
-                patches = patches.transpose(1, 2).unflatten(2, (self.side, self.side))
+                first = x[:, : self.has_class]
+                patches = x[:, self.has_class :].transpose(1, 2)
+                patches = patches.unflatten(2, (self.side, self.side))
                 patches = F.adaptive_avg_pool2d(patches, self.grid)  # (B, D, grid, grid)
                 x = torch.cat((first, patches.flatten(2).transpose(1, 2)), 1)
             return x.half()
@@ -303,11 +289,7 @@ class Encoder:
         the batch: reason} of the others. Raise UserError if a file cannot be read for a reason
         other than its content.
         """
-        previous = None
-        for pixels, bad in prefetch(self.read, batches, workers):
-            current = (self.encode(pixels), bad)
-            if previous:
-                yield previous[0].cpu(), previous[1]
-            previous = current
-        if previous:
-            yield previous[0].cpu(), previous[1]
+        images = prefetch(self.read, batches, workers)
+        encoded = ((self.encode(pixels), bad) for pixels, bad in images)
+        for (x, bad), _ in itertools.pairwise(itertools.chain(encoded, [None])):
+            yield x.cpu(), bad

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from parts.common import UserError
+from parts.common import UserError, write_text
 
 
 class Tracker:
@@ -25,9 +25,7 @@ class Tracker:
     continues the same run. Raise UserError if MLflow is not installed.
     """
 
-    def __init__(
-        self, kind: str, settings: dict, run_dir: Path | str, name: str, resume: bool = False
-    ):
+    def __init__(self, kind: str, settings: dict, run_dir: Path, name: str, resume: bool = False):
         self.run_id = None
         self.waiting = []  # metrics to send
         self.failed = False
@@ -44,9 +42,8 @@ class Tracker:
             install = "pip install -r requirements-mlflow.txt"
             raise UserError(f"{error.name} is missing: {install}") from None
         self.mlflow = mlflow
-        # Errors of MLflow, of its database, and of the network.
-        self.errors = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
-        self.attempt(self.start, settings, Path(run_dir) / "mlflow_run", name, resume)
+        self.errors = (mlflow.MlflowException, SQLAlchemyError, OSError)  # OSError: the network
+        self.attempt(self.start, settings, run_dir / "mlflow_run", name, resume)
 
     def start(self, settings: dict, id_file: Path, name: str, resume: bool) -> None:
         self.client = self.mlflow.MlflowClient()
@@ -59,21 +56,18 @@ class Tracker:
             run_id = self.client.create_run(experiment, run_name=name).info.run_id
             params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
             self.client.log_batch(run_id, params=params)
-            id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(run_id + "\n", encoding="utf-8")
+            write_text(id_file, run_id + "\n")
         self.run_id = run_id  # only now is there a run to send to
 
-    def attempt(self, call, *args, **options) -> bool:
-        """Call MLflow and return whether that succeeded. Report the first failure."""
+    def attempt(self, call, *args) -> None:
+        """Call a function that needs MLflow. Report the first failure, and ignore the others."""
         try:
-            call(*args, **options)
+            call(*args)
         except self.errors as error:
             if not self.failed:
                 reason = " ".join(str(error).split())[:200]
                 print(f"tracking failed, training continues: {reason}", file=sys.stderr)
             self.failed = True
-            return False
-        return True
 
     def log(self, row: dict) -> None:
         """Send a row of log.jsonl: its numbers as metrics at its step, its samples as a file."""
@@ -85,19 +79,18 @@ class Tracker:
                 metric = self.mlflow.entities.Metric(key, float(value), now, row["step"])
                 self.waiting.append(metric)
         # Each failure may take a time-out: after the first, try at evaluations only.
-        if (not self.failed or "val_loss" in row) and self.send_waiting() and row.get("samples"):
-            text = "\n".join(row["samples"]) + "\n"
-            self.attempt(self.client.log_text, self.run_id, text, f"samples/{row['step']:07d}.txt")
+        if not self.failed or "val_loss" in row:
+            self.attempt(self.send, row)
 
-    def send_waiting(self) -> bool:
+    def send(self, row: dict) -> None:
         while self.waiting:
-            batch = self.waiting[:1000]  # as many as MLflow accepts
-            if not self.attempt(self.client.log_batch, self.run_id, metrics=batch):
-                return False
+            self.client.log_batch(self.run_id, metrics=self.waiting[:1000])  # MLflow's limit
             del self.waiting[:1000]
-        return True
+        if row.get("samples"):
+            text = "\n".join(row["samples"]) + "\n"
+            self.client.log_text(self.run_id, text, f"samples/{row['step']:07d}.txt")
 
-    def artifact(self, path: Path | str) -> None:
+    def artifact(self, path: Path) -> None:
         """Keep a copy of a file, such as ckpt.pt or gallery.html, with the run."""
         if self.run_id:
             self.attempt(self.client.log_artifact, self.run_id, str(path))
@@ -105,5 +98,5 @@ class Tracker:
     def close(self, status: str = "FINISHED") -> None:
         """Send the metrics that wait, and end the run; one stopped by a signal is KILLED."""
         if self.run_id:
-            self.send_waiting()
+            self.attempt(self.send, {})
             self.attempt(self.client.set_terminated, self.run_id, status)
