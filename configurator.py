@@ -135,8 +135,8 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks: `cast` for every value of every file, flag and checkpoint, the others for the
-# __post_init__ of any settings class
+# Checks: `cast` takes each value of a file, flag or checkpoint; the others serve the __post_init__
+# of any settings class
 
 
 class ConfigError(UserError):

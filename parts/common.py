@@ -102,7 +102,7 @@ def write_text(path: Path | str, text: str) -> None:
 def append(path: Path | str, text: str) -> None:
     """Add text to a file's end.
 
-    The file is closed each time: text left in a buffer would meet a full disk once more when
+    The file is closed after each line: text left in a buffer would meet a full disk once more when
     Python ends, with a traceback.
     """
     with naming(path), open(path, "a", encoding="utf-8") as file:
