@@ -5,6 +5,7 @@ held at that moment is never released (tqdm's once was, and `make test` waited f
 """
 
 import os
+import shutil
 import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tiny tensors gain nothing from more threads
@@ -59,6 +60,12 @@ def nothing_is_left_running():
             told.append(command)
             os.kill(pid, 9)
     assert not told, "left running: " + "\n".join(told)
+
+
+@pytest.fixture
+def no_java(monkeypatch) -> None:
+    """Hide Java: METEOR's program takes some ten seconds of each run of sample.py or metrics.py."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ SETTINGS = dict(
 
 
 @pytest.fixture
-def earlier(tmp_path, monkeypatch) -> Path:
+def earlier(tmp_path, monkeypatch, no_java) -> Path:
     with tarfile.open(ROOT / "tests" / "written_by_39eb4bb.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

@@ -39,12 +39,7 @@ from parts import checkpoint
 from parts.common import read_log, write_text
 from parts.log import lines_until
 
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR's Java program would take seconds of each run of sample.py and metrics.py."""
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-
+pytestmark = pytest.mark.usefixtures("no_java")
 
 # ---------------------------------------------------------------------------------------------
 # Full and read-only disks

@@ -35,11 +35,6 @@ needs_java = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
-
-
 # ---------------------------------------------------------------------------------------------
 # the published scores
 

@@ -221,7 +221,7 @@ def seen(tmp_path_factory):
     return here
 
 
-def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch, capsys):
+def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch, capsys, no_java):
     """The encoder that the checkpoint names, from files, gives what the dataset's rows give."""
     monkeypatch.chdir(seen)
     files = tuple(f"photos/{i}.png" for i in range(40, 48))
