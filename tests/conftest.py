@@ -68,6 +68,14 @@ def no_java(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> str:
+    """The folder of a tiny CLIP, which no test changes."""
+    folder = tmp_path_factory.mktemp("clip")
+    helpers.tiny_clip(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working directory with data/tiny in it."""

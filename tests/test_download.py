@@ -15,20 +15,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, finish, many, start, tiny_clip
+from helpers import PATIENCE, finish, many, start
 
 import prepare
 from configurator import Config
 from data import Split
 from parts import sources
 from parts.common import UserError
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_clip(folder)
-    return str(folder)
 
 
 @pytest.fixture

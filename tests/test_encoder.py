@@ -33,14 +33,6 @@ def tower(request, tmp_path_factory):
 IMAGES = [picture(60, 40), picture(33, 90, 1), picture(32, 32, 2), picture(3, 50, 3)]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """The folder of a CLIP, for tests that do not depend on the type of model."""
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip(folder)
-    return str(folder)
-
-
 def test_pooled_is_what_get_image_features_gives(tower):
     kind, folder, model, processor = tower
     with torch.no_grad():

@@ -24,7 +24,6 @@ from helpers import (
     picture,
     stacks,
     start,
-    tiny_clip,
     wait,
 )
 
@@ -33,13 +32,6 @@ from configurator import Config, ConfigError
 from data import Meta, Split
 from parts.common import UserError
 from parts.encoder import Encoder, read_image
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_clip(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import made, photos, tiny_clip
+from helpers import made, photos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,13 +24,6 @@ from parts.encoder import Encoder, read_image
 
 # ---------------------------------------------------------------------------------------------
 # A tiny CLIP, photos, and their captions
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_clip(folder)
-    return str(folder)
 
 
 @pytest.fixture
