@@ -1,4 +1,4 @@
-"""Benchmarks against the usual alternatives: the same work, interleaved in one run.
+"""Benchmark training and decoding against the usual alternatives, interleaved.
 
     python bench.py decode --ckpt out/flickr8k/ckpt.pt      # its weights, its own val images
     python bench.py train                                   # COCO's sizes, synthetic captions
@@ -34,6 +34,7 @@ from model import ClipLM, ModelConfig, loss_sum
 from parts.common import UserError, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
 from parts.encoder import extras
+from parts.log import training_flops
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
@@ -469,7 +470,7 @@ def compare(case: Case, peaks: list[float]) -> dict:
     del seconds["machine"]
     rate = statistics.median(rates)
     tokens = [int(split.lengths[order.batch(turn)].sum()) for turn in range(bench.turns)]
-    flops = [trainees[0].model.flops(bench.batch_size, n) for n in tokens]
+    flops = [training_flops(trainees[0].model, bench.batch_size, n) for n in tokens]
     mfu = summary(f / s / rate for f, s in zip(flops, seconds["ours"], strict=True))
     print(
         f"\nP = {case.P}, {case.R} captions per image, {case.dtype}: MFU {show(mfu, '.0%')} of "

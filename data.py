@@ -2,13 +2,13 @@
 
 meta.json                how it was made; the counts; size and SHA-256 of every other file
 tokenizer.model          sentencepiece BPE, trained on the training captions only
-<split>_embeddings.npy   (images, P, D) float16: one row per image, memory-mapped
+<split>_embeddings.npy   (images, n_positions, D) float16, memory-mapped
 <split>_tokens.npy       uint16 or uint32: bos caption bos caption ..., all images end to end
-<split>_offsets.npy      int64: each image's first caption, then each caption's first token; both
-                         lists end with the total
+<split>_offsets.npy      int64, two lists end to end: the first caption of each image, the first
+                         token of each caption; each list ends with its total
 <split>.json             images and references in COCO's caption annotation format
 
-Letters are model.py's: B images, S caption tokens in a row, M targets, P x D an embedding.
+Letters are model.py's: B images, S caption tokens in a row, M targets, D an embedding's width.
 """
 
 import json
@@ -104,7 +104,7 @@ class Meta:
     encoder: str  # which CLIP; empty for the user's own embeddings
     features: str  # pooled or grid
     grid: int
-    n_positions: int  # P
+    n_positions: int  # embeddings per image: 1 if pooled
     embedding_dim: int  # D
     normalize: bool
     lowercase: bool
@@ -150,7 +150,7 @@ class Meta:
         )
 
     def changed_files(self, other: "Meta") -> list[str]:
-        """Return the names of the files that are not the other's, by their SHA-256."""
+        """Return the names of the files whose SHA-256 is not the other's."""
         nothing = {"sha256": ""}
         return [
             name
@@ -166,7 +166,7 @@ class Meta:
 class Split:
     """One split of a dataset directory, its files checked against meta.json and memory-mapped.
 
-    embeddings     (images, P, D) float16
+    embeddings     (images, n_positions, D) float16
     tokens         ids: bos caption bos caption ...
     caption_start  where in `tokens` each caption begins, and the end
     image_start    where in `tokens` each image's captions begin, and the end
@@ -222,7 +222,7 @@ class Split:
         return content["images"], list(captions.values())
 
     def embedding(self, images: np.ndarray) -> torch.Tensor:
-        """Return (B, P, D) float16 of the images, read in the order of the file."""
+        """Return (B, n_positions, D) float16, read in file order to avoid seeking."""
         order = np.argsort(images, kind="stable")
         out = np.empty((len(images), *self.embeddings.shape[1:]), np.float16)
         out[order] = self.embeddings[images[order]]
@@ -233,9 +233,9 @@ class Split:
 
         A row is one image with all its captions, [bos caption 1 | bos caption 2 | ... | padding].
 
-        Returns embeddings (B, P, D) float16; tokens, segments and positions (B, S) int64, with S
-        the longest row; targets_at and targets (M,) int64: where the real tokens are among the
-        B * S, and the id that follows each (eos after a caption's last).
+        Returns embeddings (B, n_positions, D) float16; tokens, segments and positions (B, S)
+        int64, with S the longest row; targets_at and targets (M,) int64: the indices of the real
+        tokens among the B * S, and the id that follows each (eos after a caption's last).
         """
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         lengths = self.lengths[images]
@@ -247,8 +247,8 @@ class Split:
         tokens = np.full(is_real.shape, self.tokenizer.pad, np.int64)
         tokens[is_real] = flat
         is_bos = tokens == bos
-        caption_begin = np.maximum.accumulate(is_bos * index, axis=1)  # (B, S)
-        # The token before a bos ends the caption before, so its target is eos.
+        caption_begin = np.maximum.accumulate(is_bos * index, axis=1)  # (B, S): the latest bos
+        # A token followed by a bos ends its caption, so its target is eos.
         targets = np.append(flat[1:], bos).astype(np.int64)
         targets[targets == bos] = eos
         arrays = {
@@ -270,8 +270,8 @@ class Order:
     """Which images form the batch of a step: a pure function of (seed, step).
 
     An epoch is a new permutation, sorted by length within windows of 32 batches, so that rows of
-    similar length share a batch and little is padded; its batches then come in random order. The
-    remainder that fills no batch is left out of that epoch (and another one of the next).
+    similar length share a batch and little is padded; its batches then come in random order.
+    Images left over, too few for a batch, are skipped; the next epoch skips different ones.
 
     Raises UserError if there are fewer images than a batch has.
     """
@@ -305,8 +305,8 @@ def batches(
 
     The batch of a step is defined first and then dealt out, one image at a time, to `world` ranks
     with `micro_steps` micro-batches each, so that each gets rows of similar length. The counts
-    ({"images", "captions", "targets"}) are global: every rank knows them without asking. A
-    background thread prefetches.
+    ({"images", "captions", "targets"}) are global: no rank has to ask for them. A background
+    thread prefetches.
 
     Raises UserError if a batch has fewer images than there are micro-batches.
     """

@@ -5,7 +5,7 @@
     tokenizer.decode(captions[i][0].ids)                # the best caption of image i
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
-per row. Finished captions leave the batch. What an image gets does not depend on its batch.
+per row. Finished captions leave the batch. An image's captions do not depend on its batch.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
@@ -74,7 +74,7 @@ class Caption(NamedTuple):
 
     ids: list[int]  # with the prompt, without bos and eos
     logprob: float  # of what follows the prompt, and of eos unless max_len came first
-    logprobs: list[float]  # each token's share of it
+    logprobs: list[float]  # each token's; they sum to logprob
 
 
 def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
@@ -108,7 +108,7 @@ def generate(
         embeddings: (B, n_positions, D).
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
-        numbers: a number for each image, on which its samples depend; by default 0 to B - 1.
+        numbers: one per image, to seed its samples besides cfg.seed; by default 0 to B - 1.
 
     Raises UserError if the prompt or max_len does not fit the model's block.
     """
@@ -144,15 +144,16 @@ def greedy_or_sample(
 
     uniform: a number in [0, 1) for each token to draw (see uniform_draws); None chooses greedily.
     """
-    device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
-    N = B * n  # captions; row N below is a bin for what rows of finished captions write
+    device = embeddings.device
+    B, n, L = len(embeddings), cfg.n_best, cfg.max_len
+    N = B * n  # captions; row N below is a bin for the output of finished rows
     written = torch.full((N + 1, L), tokenizer.eos, device=device)
     written[:, : len(prompt)] = torch.tensor(prompt, device=device)
     logprobs = torch.zeros(N + 1, L, device=device)
     prefix_kv, logits, cache = prefill_prompt(model, embeddings, tokenizer, prompt, K=n)
-    caption = torch.arange(N, device=device).view(B, n)  # (G, K): which one a row writes, or N
+    caption = torch.arange(N, device=device).view(B, n)  # (G, K): caption of each row, or N
     if n > 1:
-        image = caption.flatten() // n
+        image = caption.flatten() // n  # one row per caption from here on
         logits, cache = logits[image], select_rows(cache, image)
     for t in range(len(prompt), L):
         # -- choose each row's next token
@@ -207,9 +208,10 @@ def compact(caption: Tensor, N: int) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def uniform_draws(cfg: Decoding, numbers, device: torch.device) -> Tensor:
-    """Return (N + 1, L) uniform numbers in float64, L for each caption and for the bin.
+    """Return (N + 1, L) uniform numbers, L for each caption and for the bin; in float64, in which
+    sample_token sums probabilities.
 
-    An image's depend on the seed and its number alone, not on its batch.
+    An image's numbers depend only on the seed and its `numbers` entry, not on its batch.
     """
     draws = []
     for number in numbers:
@@ -223,7 +225,7 @@ def uniform_draws(cfg: Decoding, numbers, device: torch.device) -> Tensor:
 
 
 def sample_token(logits: Tensor, uniform: Tensor, cfg: Decoding) -> Tensor:
-    """Draw a token id (N,) for each row of logits, by inverting its distribution at uniform (N,).
+    """Draw a token id (N,) per row of logits by inverse transform sampling at uniform (N,).
 
     Temperature first, then the filters top-k (Fan et al. 2018, arXiv:1805.04833) and top-p
     (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
@@ -254,10 +256,10 @@ def beam_search(
     """Return the `n_best` captions of each image, best first.
 
     Each image has K beams, partial captions. A step extends each beam by every token and ranks
-    the K * V extensions by log p. Of the first K, those that end are finished; the first K that do
-    not end are the next beams, and looking at 2K suffices, since at most K can end. An image is
-    done when none of its beams can still be among its n_best: log p only falls as a caption
-    grows, so a beam's score is at most what it would be at the longest length.
+    the K * V extensions by log p. Of the first K, those that end are finished. The first K that do
+    not end are the next beams; they are among the first 2K, since each beam has one way to end. An
+    image is done when none of its beams can still reach its n_best. Log p only falls as a caption
+    grows, so no score can exceed log p now divided by the largest divisor possible.
     """
     device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
     finished = Finished(B, n, L, tokenizer.eos, device)
@@ -289,14 +291,14 @@ def beam_search(
         ends = (token == tokenizer.eos) | (t + 1 == L)
         length = t + 1 - len(prompt)  # eos counts
         score = (total / length**cfg.length_penalty).masked_fill(~ends, -math.inf)
-        candidates = (score, written, logprobs)
-        finished.add(image, *(x[:, : cfg.beams] for x in candidates))
+        first = slice(cfg.beams)
+        finished.add(image, score[:, first], written[:, first], logprobs[:, first])
 
         # -- the best of the others continue, in the images that are not done
         running = total.masked_fill(ends, -math.inf)
         total, index = running.topk(min(cfg.beams, running.size(1)))
-        best_length = max(length**cfg.length_penalty, longest**cfg.length_penalty)
-        is_open = total[:, 0] / best_length > finished.score[image, -1]
+        largest_divisor = max(length**cfg.length_penalty, longest**cfg.length_penalty)
+        is_open = total[:, 0] / largest_divisor > finished.score[image, -1]
         keep = is_open.nonzero()[:, 0]
         if len(keep) == 0:
             break
@@ -321,7 +323,7 @@ class Finished:
         self.logprobs = torch.zeros_like(self.written, dtype=torch.float)
 
     def add(self, image: Tensor, score: Tensor, written: Tensor, logprobs: Tensor) -> None:
-        """Add K captions of each of the images (G,): score (G, K), -inf for one to ignore."""
+        """Merge in K captions per image (G,). One whose score (G, K) is -inf is ignored."""
         both = torch.cat((self.score[image], score), dim=1)
         self.score[image], index = both.topk(self.score.size(1))
         for kept, new in ((self.written, written), (self.logprobs, logprobs)):
@@ -364,7 +366,7 @@ def mask_forbidden(logits: Tensor, written: Tensor, tokenizer, cfg: Decoding) ->
     logits[:, [tokenizer.pad, tokenizer.bos, tokenizer.unk]] = -math.inf
     if n and t >= n:
         ngrams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
-        last = written[:, None, t - n + 1 :]  # (N, 1, n - 1): an n-gram that begins so is repeated
+        last = written[:, None, t - n + 1 :]  # (N, 1, n - 1): how the next n-gram begins
         is_repeated = (ngrams[..., :-1] == last).all(-1)
         row, start = is_repeated.nonzero(as_tuple=True)
         logits[row, ngrams[row, start, -1]] = -math.inf
@@ -383,7 +385,7 @@ def select_rows(pairs: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | 
 
 
 def select_beams(x: Tensor, index: Tensor) -> Tensor:
-    """Return, for each image of x (G, K, L), the beams index (G, K')."""
+    """Return the beams at `index` (G, K') of each image of x (G, K, L)."""
     return x.take_along_dim(index[..., None], dim=1)
 
 

@@ -33,7 +33,7 @@ KeyValue = tuple[Tensor, Tensor]  # of one layer; a cache is a list of them, one
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the model is. A checkpoint carries it."""
+    """The architecture. A checkpoint carries it."""
 
     vocab_size: int = 8192  # V
     features: str = "pooled"  # pooled: one embedding per image; grid: one per patch
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         if cache is not None:
             k = torch.cat((cache[0], k), dim=2)  # (N, nh, t, hs)
             v = torch.cat((cache[1], v), dim=2)
-        if prefix_kv is None:
+        if prefix_kv is None:  # the cache begins with the prefix
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             y = attend_shared(q, k, v, *prefix_kv)
@@ -120,14 +120,15 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
     N, nh, _, hs = q.shape
     B, _, P, _ = prefix_k.shape
     q = q / math.sqrt(hs)
-    beams = q.view(B, N // B, nh, hs).transpose(1, 2)  # (B, nh, K, hs)
-    to_prefix = beams @ prefix_k.transpose(-2, -1)  # (B, nh, K, P)
-    to_prefix = to_prefix.transpose(1, 2).reshape(N, nh, 1, P)
-    to_past = q @ k.transpose(-2, -1)  # (N, nh, 1, t)
-    weights = F.softmax(torch.cat((to_prefix, to_past), dim=-1), dim=-1)
-    on_prefix, on_past = weights.split((P, k.size(2)), dim=-1)
-    y = on_prefix.view(B, N // B, nh, P).transpose(1, 2) @ prefix_v  # (B, nh, K, hs)
-    return y.transpose(1, 2).reshape(N, nh, 1, hs) + on_past @ v
+    K = N // B
+    queries = q.view(B, K, nh, hs).transpose(1, 2)  # (B, nh, K, hs)
+    prefix_scores = queries @ prefix_k.transpose(-2, -1)  # (B, nh, K, P)
+    prefix_scores = prefix_scores.transpose(1, 2).reshape(N, nh, 1, P)
+    past_scores = q @ k.transpose(-2, -1)  # (N, nh, 1, t)
+    weights = F.softmax(torch.cat((prefix_scores, past_scores), dim=-1), dim=-1)
+    prefix_weights, past_weights = weights.split((P, k.size(2)), dim=-1)
+    y = prefix_weights.view(B, K, nh, P).transpose(1, 2) @ prefix_v  # (B, nh, K, hs)
+    return y.transpose(1, 2).reshape(N, nh, 1, hs) + past_weights @ v
 
 
 class MLP(nn.Module):
@@ -203,8 +204,8 @@ class ClipLM(nn.Module):
     def project(self, embeddings: Tensor) -> Tensor:
         """Project image embeddings (B, n_positions, D) to prefix embeddings (B, P, C).
 
-        The one place where embeddings are normalised: to unit RMS (length sqrt(D)), the scale
-        that linear layers expect.
+        Embeddings are normalised here: to unit RMS (length sqrt(D)), the scale that linear
+        layers expect.
         """
         x = embeddings.to(next(self.mapper.parameters()).dtype)
         if self.cfg.normalize:
@@ -225,7 +226,8 @@ class ClipLM(nn.Module):
         """Return the decoder's input (B, T, C) and mask (B, 1, T, T) for packed rows.
 
         A row is [prefix | bos caption 1 | bos caption 2 | ...]. A caption's token sees the whole
-        prefix and, causally, its own caption; nothing passes between the captions of a row.
+        prefix and, causally, its own caption; nothing passes between the captions of a row. The
+        prefix is causal too, as in GPT-2.
         """
         prefix = self.embed_prefix(embeddings)  # (B, P, C)
         P = prefix.size(1)
@@ -249,7 +251,7 @@ class ClipLM(nn.Module):
             segments: (B, S) int64, which caption a token belongs to, counted from 1; padding gets
                 an id that no caption uses.
             positions: (B, S) int64, a token's position in its own caption, from 0 (bos).
-            targets_at: (M,) int64, where among the B * S caption tokens the targets are.
+            targets_at: (M,) int64, which of the B * S tokens have a target (the real ones).
         """
         x, mask = self.embed_rows(embeddings, tokens, segments, positions)
         for block in self.transformer.h:
@@ -262,7 +264,7 @@ class ClipLM(nn.Module):
 
     def prefill(self, embeddings: Tensor) -> list[KeyValue]:
         """Return the prefix's keys and values: for each layer a pair of (B, nh, P, hs)."""
-        x = self.transformer.drop(self.embed_prefix(embeddings))
+        x = self.embed_prefix(embeddings)
         mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril_()
         *blocks, last = self.transformer.h
         prefix_kv = []
@@ -279,26 +281,26 @@ class ClipLM(nn.Module):
         """Return logits (N, V) of each row's next token, and the cache that includes this one.
 
         Args:
-            tokens: (N,) int64, each row's newest token; rows n K to n K + K - 1 are of image n.
+            tokens: (N,) int64, each row's newest token; the K rows of an image are adjacent.
             position: its position in the caption, from 0 (bos); the same for all rows.
             prefix_kv: from `prefill`, of the N / K images; None if the cache begins with it.
-            cache: for each layer the pair (k, v), (N, nh, position, hs), of the tokens before;
-                None at bos. If no two rows share a prefix, it may begin with the prefix instead.
+            cache: for each layer (k, v) of the earlier tokens, (N, nh, position, hs); None at bos.
+                With one row per image, it may begin with the prefix: (N, nh, P + position, hs).
         """
         wpe = self.transformer.wpe.weight[self.cfg.prefix_length + position]
-        x = self.transformer.drop(self.transformer.wte(tokens)[:, None] + wpe)  # (N, 1, C)
+        x = self.transformer.wte(tokens)[:, None] + wpe  # (N, 1, C)
         none = [None] * self.cfg.n_layer
         layers = zip(self.transformer.h, prefix_kv or none, cache or none, strict=True)
-        cache = []
+        new_cache = []
         for block, layer_prefix, layer_cache in layers:
             x, kv = block.step(x, layer_prefix, layer_cache)
-            cache.append(kv)
-        return self.lm_head(self.transformer.ln_f(x[:, 0])), cache
+            new_cache.append(kv)
+        return self.lm_head(self.transformer.ln_f(x[:, 0])), new_cache
 
     @torch.inference_mode()
     def prefix_attention(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
-        """Return how the last layer looks at the prefix as it chooses what follows each of the
-        tokens (B, S), (B, S, P). The rest of each row's 1 goes to the caption itself."""
+        """Return the last layer's attention to the prefix, (B, S, P), from each of the tokens
+        (B, S). Its sum is below 1: the rest goes to the caption itself."""
         segments = torch.ones_like(tokens)
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         x, mask = self.embed_rows(embeddings, tokens, segments, positions)
@@ -307,18 +309,6 @@ class ClipLM(nn.Module):
             x, _ = block(x, mask)
         P = self.cfg.prefix_length
         return last.attn.weights(last.ln_1(x), mask)[:, P:, :P]
-
-    def flops(self, images: int, tokens: int) -> float:
-        """Return the useful floating-point operations of one training step.
-
-        Six for each weight that a position passes through (two forward, four backward; Kaplan et
-        al. 2020, arXiv:2001.08361). Attention's own few per cent and padding are left out.
-        """
-        cfg = self.cfg
-        decoder = 12 * cfg.n_embd**2 * cfg.n_layer * (images * cfg.prefix_length + tokens)
-        mapper = sum(p.numel() for p in self.mapper.parameters() if p.dim() == 2)
-        head = cfg.vocab_size * cfg.n_embd * tokens
-        return 6.0 * (decoder + mapper * images * cfg.n_positions + head)
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:

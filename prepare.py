@@ -1,4 +1,4 @@
-"""Makes a dataset directory from images (or embeddings) and captions.
+"""Make a dataset directory from images (or embeddings) and captions.
 
     python prepare.py config/shapes.py
     python prepare.py config/coco.py                       # downloads what is missing, after asking

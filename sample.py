@@ -1,4 +1,4 @@
-"""Captions a dataset's split, or any image files and folders, with a trained checkpoint.
+"""Caption a dataset's split, or any image files and folders, with a trained checkpoint.
 
     python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
     python sample.py --ckpt out/coco/ckpt.pt --image photo.jpg another.png folder/

@@ -1,4 +1,4 @@
-"""Trains a captioner on a dataset that prepare.py made.
+"""Train a captioner on a dataset that prepare.py made.
 
     python train.py config/shapes.py
     python train.py config/coco.py --batch_size=256 --learning_rate=5e-4
@@ -63,8 +63,8 @@ def train(cfg: Config, device: Device) -> dict | None:
     stream = batches(training.split, training.order, steps, device.rank, device.world,
                      cfg.gradient_accumulation_steps)  # fmt: skip
     while True:
-        # -- evaluate and save. A scheduler that has sent a signal may not wait for an evaluation:
-        #    save at once; the resumed run begins with the evaluation that is due.
+        # -- evaluate and save. After a signal there may be no time to evaluate: save at once. The
+        #    resumed run begins with the evaluation that is due.
         stopping = device.any(training.signals.asked)
         scores, is_best = None, False
         if is_evaluation_due(progress, cfg) and not stopping:
@@ -101,7 +101,7 @@ def train(cfg: Config, device: Device) -> dict | None:
 
 
 def is_evaluation_due(progress: Progress, cfg: Config) -> bool:
-    """Whether this step has an evaluation that has not been made: every eval_interval, and last.
+    """Whether an evaluation is due and not yet made: every eval_interval steps and at the end.
 
     A run that a signal stopped just before an evaluation finds it due when it is resumed.
     """
@@ -138,7 +138,7 @@ class Training:
 
     def __init__(self, cfg: Config, device: Device):
         self.cfg, self.device = cfg, device
-        # torchrun passes on a signal that the scheduler may have sent to this process as well.
+        # Scheduler and torchrun may both send a signal: within 5 seconds they count as one.
         self.signals = Signals(echo=5.0 if device.world > 1 else 0.0)
         self.split = Split(cfg.data_dir, "train")
         validation = Split(cfg.data_dir, "val")
@@ -172,8 +172,8 @@ class Training:
             )
         if device.is_first and not cfg.resume and self.last_path.is_file():
             checkpoint.move_earlier_run(cfg.run_dir)
-        # -- what forward passes of training go through. It shares the model's weights; evaluation
-        #    and checkpoints use the model itself, whose parameter names have no prefix.
+        # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
+        #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
         self.wrapped = device.wrap(self.model, cfg.compile)
         self.log = Log(cfg, device, self.model, self.progress.step)
         self.introduce()
@@ -186,10 +186,11 @@ class Training:
         A gradient that is not finite is skipped, on all ranks alike. Raises UserError after 20 of
         them in a row.
         """
-        # -- forward and backward. Gradients add up over the micro-batches, which are processed one
-        #    after the other because they would not fit into memory together.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+        # -- forward and backward. Gradients add up over the micro-batches, which are processed one
+        #    after the other because they would not fit into memory together.
         nll = torch.zeros((), device=self.device.torch_device)
         for i, batch in enumerate(micro_batches):
             batch = self.device.put(batch)
@@ -198,8 +199,8 @@ class Training:
             # DDP exchanges gradients at the end of every backward pass. Once per step is enough:
             # the micro-batches before the last only add to the gradients of their own rank.
             is_last = i == len(micro_batches) - 1
-            alone = self.device.world == 1 or is_last
-            with contextlib.nullcontext() if alone else self.wrapped.no_sync():
+            skip_sync = self.device.world > 1 and not is_last
+            with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():
                 with self.device.autocast():
                     loss = loss_sum(self.wrapped, batch, self.cfg.label_smoothing)
                 # The loss is the mean over all target tokens of the global batch, so that 1, 2 or
@@ -222,7 +223,7 @@ class Training:
                 f"the gradient was not finite {self.nonfinite} times in a row: lower "
                 f"learning_rate and resume from {self.last_path}"
             )
-        # The scaler skips such a step by itself, and lowers its scale.
+        # An enabled scaler must be called even then: it skips the step and lowers its scale.
         if self.nonfinite == 0 or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -230,8 +231,9 @@ class Training:
         return nll, norm
 
     def add_noise(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Add Gaussian noise, a regulariser for small sets. Normalised embeddings are scaled to
-        length 1 first, so that the noise's size does not depend on the encoder."""
+        """Add Gaussian noise, a regulariser for small datasets. Normalised embeddings are scaled
+        to length 1 first, so that the noise's size does not depend on the encoder; `ClipLM.project`
+        normalises the sum again."""
         x = embeddings.float()
         if self.model.cfg.normalize:
             x = F.normalize(x, dim=-1)
@@ -351,7 +353,9 @@ class Average:
     """
 
     def __init__(self, model: ClipLM, decay: float, weights: dict):
-        self.decay, self.source, self.model = decay, model, model
+        self.decay = decay
+        self.source = model
+        self.model = model
         if decay:
             self.model = copy.deepcopy(model)
             self.model.load_state_dict(weights or model.state_dict())
@@ -405,6 +409,7 @@ class Evaluator:
         nll, shuffled, targets = self.device.sum(nll, shuffled, targets)
         by_rank = self.device.gather(own_captions)
         world = self.device.world
+        # rank r captioned images r, r + world, ...: put them back in order
         captions = [by_rank[i % world][i // world] for i in range(len(self.images))]
         scores = {
             "val_loss": nll / targets,

@@ -1,4 +1,4 @@
-"""Measures how fast prepare.py reads captions and encodes images. Not a test.
+"""Measure how fast prepare.py reads captions and encodes images. Not a test.
 
     python tests/bench_prepare.py                    # CSVs of 25,000 to 200,000 captions
     python tests/bench_prepare.py --most=3000000     # as many as CC3M has

@@ -10,6 +10,7 @@ from helpers import BOS, pack_by_loops
 
 from model import ClipLM, ModelConfig, loss_sum
 from parts.device import Dropout
+from parts.log import training_flops
 
 TINY = dict(vocab_size=50, embedding_dim=12, n_prefix=3, n_layer=2, n_head=2, n_embd=16,
             block_size=24, dropout=0.0)  # fmt: skip
@@ -180,12 +181,14 @@ def test_flops_count_what_pytorch_counts(is_padded):
     assert (padded > real) == is_padded
     with FlopCounterMode(display=False) as counter:
         loss_sum(model, {"embeddings": embeddings.requires_grad_(), **batch}).backward()
-    assert model.flops(8, real) <= counter.get_total_flops() <= 1.2 * model.flops(8, padded)
-    assert (model.flops(8, real) < model.flops(8, padded)) == is_padded
+    least = training_flops(model, 8, real)
+    most = training_flops(model, 8, padded)
+    assert least <= counter.get_total_flops() <= 1.2 * most
+    assert (least < most) == is_padded
 
 
 def test_model_py_is_short():
-    """It is meant to be read: about 300 lines, 330 at most."""
+    """It is meant to be read: about 300 lines, 320 at most."""
     import model as module
 
-    assert len(Path(module.__file__).read_text().splitlines()) <= 330
+    assert len(Path(module.__file__).read_text().splitlines()) <= 320
