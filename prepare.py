@@ -48,9 +48,8 @@ Splits = dict[str, list[Record]]
 
 def main(cfg: Config) -> None:
     device = Device(cfg.device, "float32")
-    splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
-    with contextlib.ExitStack() as stack:
-        device.on_first(lambda: lock(cfg.data_dir, stack))
+    with device.owning(cfg.data_dir / "lock", f"prepare.py is writing {cfg.data_dir}/"):
+        splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
         if not cfg.embeddings:
             files, facts = encode(splits, cfg, device)
         elif device.is_first:
@@ -58,22 +57,6 @@ def main(cfg: Config) -> None:
         if device.is_first:
             finish(splits, files, tokenizer, cfg, facts)
     device.close()
-
-
-def lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Hold folder/lock until `stack` closes. Raise UserError if another prepare.py holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    file = stack.enter_context(open(path, "w"))  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it after a kill
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another prepare.py is writing {folder}/: wait until it ends") from None
-    stack.callback(path.unlink)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -93,6 +93,42 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def owning(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`: `lock` in a folder that one process writes, or <file>.lock.
+
+    The system frees it when the process ends, even by a kill. Folders that are made for it are
+    removed again if they stay empty. Raise UserError, with `what` the other does, if it is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    made = [folder for folder in path.parents if not folder.exists()]
+    with naming(path.parent, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+    with file:
+        os.set_inheritable(file.fileno(), True)  # a child with close_fds=False holds it as well
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = not os.path.samefile(path, file.fileno())  # its owner has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            is_held = True
+        except OSError:  # a file system without locks
+            is_held = False
+        if is_held:
+            raise UserError(f"another {what}: wait until it ends")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in made:
+                    folder.rmdir()
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a whole text file."""
     with replacing(path) as part:

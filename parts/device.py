@@ -16,13 +16,14 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.common import UserError
+from parts.common import UserError, owning
 
 
 class Device:
@@ -110,6 +111,13 @@ class Device:
         if error:
             raise error
         return result
+
+    @contextlib.contextmanager
+    def owning(self, path: Path, what: str):
+        """Hold a lock file (common.owning) on rank 0. If another process does, all exit."""
+        with contextlib.ExitStack() as stack:
+            self.on_first(lambda: stack.enter_context(owning(path, what)))
+            yield
 
     def meet(self) -> None:
         """Wait until all processes are here."""

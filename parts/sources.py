@@ -35,7 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts import shapes
-from parts.common import UserError, printable, read_json, write_text
+from parts.common import UserError, owning, printable, read_json, write_text
 
 SPLITS = ("train", "val", "test")  # what {split} stands for
 LONGEST = 2000  # characters of a caption or a name
@@ -619,13 +619,17 @@ def fetch(cfg) -> None:
         ask(missing, cfg.yes)
     archives = [path.parent / archive_name(url) for url, path, _ in missing]
     for i, ((url, path, checksum), archive) in enumerate(zip(missing, archives, strict=True)):
-        if not archive.is_file():  # one zip may hold what several entries need
-            download(url, archive, checksum)
-        elif checksum:
-            check(url, archive, note_of(archive), checksum)
-        unpack(archive, path)
-        if archive not in archives[i + 1 :]:
-            archive.unlink()
+        lock = archive.with_name(f"{archive.name}.lock")
+        with owning(lock, f"prepare.py is downloading {archive}"):
+            if path.exists():  # another one has done so in the meantime
+                continue
+            if not archive.is_file():  # one zip may hold what several entries need
+                download(url, archive, checksum)
+            elif checksum:
+                check(url, archive, note_of(archive), checksum)
+            unpack(archive, path)
+            if archive not in archives[i + 1 :]:
+                archive.unlink()
 
 
 def ask(missing: list[tuple], yes: bool) -> None:
@@ -716,7 +720,9 @@ def transfer(url: str, part: Path, size: int) -> str:
     command = ["curl", "-fL", "--progress-bar", "--globoff", "--connect-timeout", "60",
                "--speed-limit", "1", "--speed-time", "60", "--write-out", "%{http_code}",
                "--continue-at", "-", "--output", part, url]  # fmt: skip
-    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="latin-1")
+    # A curl that outlives a killed prepare.py keeps the lock on the part that it writes.
+    options = {"stdout": subprocess.PIPE, "encoding": "latin-1", "close_fds": False}
+    result = subprocess.run(command, **options)
     status, error = result.stdout, result.returncode
     if error == 23:
         raise UserError(f"{part}: curl cannot write it: free some space, then rerun to resume")

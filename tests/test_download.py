@@ -21,7 +21,7 @@ import prepare
 from configurator import Config
 from data import Split
 from parts import sources
-from parts.common import UserError
+from parts.common import UserError, owning
 
 
 @pytest.fixture
@@ -230,6 +230,21 @@ def test_ctrl_c_leaves_no_traceback_and_a_part_to_resume(here, clip, server):
     output = finish(process, 130)
     assert output.endswith("interrupted\n") and "Traceback" not in output
     assert 0 < Path("raw/a.zip.part").stat().st_size <= 100_000
+
+
+def test_one_archive_is_downloaded_by_one_process(here, server):
+    """Two prepare.py, of datasets that share their images, wrote to one x.zip.part."""
+    server.files["/x.zip"] = zipped({"photos/a": b"x"})
+    entry = f"{server.url}/x.zip raw/photos"
+    cfg = Config(downloads=(entry,), images="raw/photos", yes=True)
+    with (
+        owning(Path("raw/x.zip.lock"), ""),
+        pytest.raises(UserError, match="^another prepare.py is downloading raw/x.zip: wait"),
+    ):
+        sources.fetch(cfg)
+    assert not Path("raw").exists()
+    sources.fetch(cfg)
+    assert sorted(os.listdir("raw")) == ["photos", "x.zip.json"]
 
 
 def test_archives_are_distinguished_checked_and_deleted_after_use(here, server):

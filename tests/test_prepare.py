@@ -8,7 +8,6 @@ import random
 import shutil
 import socket
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from helpers import (
 import prepare
 from configurator import Config, ConfigError
 from data import Meta, Split
-from parts.common import UserError
+from parts.common import UserError, owning
 from parts.encoder import Encoder, read_image
 
 
@@ -362,9 +361,9 @@ def test_a_vocabulary_too_small_is_refused_before_anything_is_encoded(here, clip
 
 def test_a_second_prepare_of_the_same_dataset_is_refused(here, clip):
     options = many(here, 8) | {"clip": clip, "workers": 0}
-    with ExitStack() as stack:
-        prepare.lock(Path("data/mine"), stack)
+    with owning(Path("data/mine/lock"), "prepare.py is writing data/mine/"):
         said = one_line(start("prepare.py", *(f"--{k}={v}" for k, v in options.items())))
+        assert os.listdir("data/mine") == ["lock"]
     assert said == "another prepare.py is writing data/mine/: wait until it ends\n"
     prepare.main(Config(**options))
     assert not Path("data/mine/lock").exists()
