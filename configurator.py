@@ -33,7 +33,8 @@ from parts.common import UserError
 @dataclass(frozen=True)
 class Config:
     # -- data -----------------------------------------------------------------------------
-    dataset: str = "shapes"  # name of the dataset; its folder is data/<dataset>
+    dataset: str  # name of the dataset
+    data: str = ""  # its folder; empty: data/<dataset>
     source: str = "shapes"  # shapes karpathy coco flickr csv jsonl shards
     captions: str = ""  # caption file, or a pattern that contains {split}
     images: str = ""  # folder of the images
@@ -95,7 +96,7 @@ class Config:
 
     @property
     def data_dir(self) -> Path:
-        return Path("data") / self.dataset
+        return Path(self.data or f"data/{self.dataset}")
 
     @property
     def run_dir(self) -> Path:
@@ -314,11 +315,13 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
         raise SystemExit(0)
     try:
         paths, flags = read_flags(cls, argv, positional.split())
-        if paths and (positional or not files):
+        takes_files = files and not positional
+        if paths and not takes_files:
             names = positional.upper().replace(" ", ", ")
             flags = f"{names}{names and ' and '}--flags"
             raise ConfigError(f"this script takes only {flags}, not `{paths[0]}`")
-        return build(cls, [*chain.from_iterable(map(read_file, paths)), *flags])
+        hint = ": give it, or a config file such as config/shapes.py" if takes_files else ""
+        return build(cls, [*chain.from_iterable(map(read_file, paths)), *flags], hint=hint)
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
@@ -358,11 +361,11 @@ def read_flags(cls, argv: list[str], positional: list[str]) -> tuple[list, list]
     return rest, flags
 
 
-def build(cls, settings, source: str = "--"):
+def build(cls, settings, source: str = "--", hint: str = ""):
     """Return a `cls` made of (where, name, value) settings; the last one of a name wins.
 
     Raise ConfigError. It opens with `where`: a file and line, a checkpoint, or a flag's dashes;
-    with `source` if a setting without a default is missing.
+    if a setting without a default is missing, with `source`, and it ends with `hint`.
     """
     kinds = kinds_of(cls)
     values, origin = {}, {}
@@ -380,7 +383,7 @@ def build(cls, settings, source: str = "--"):
     for field in fields(cls):
         required = field.default is field.default_factory is MISSING
         if required and values.get(field.name, ()) == ():
-            raise ConfigError(f"{source}{field.name} is required", field.name)
+            raise ConfigError(f"{source}{field.name} is required{hint}", field.name)
     try:
         return cls(**values)
     except ConfigError as error:  # from its __post_init__

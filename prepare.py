@@ -226,7 +226,7 @@ def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict[str, Embed
     mark = device.on_first(lambda: create_files(cfg, made_by(splits, cfg, encoder), shapes))
     is_shared = (folder / "run").is_file() and (folder / "run").read_text() == mark
     if not all(device.gather(is_shared)):
-        raise UserError(f"{folder} is not the same on every machine: put data/ on shared storage")
+        raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
     files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
     encode_missing(splits, files, encoder, cfg, device)
     device.meet()

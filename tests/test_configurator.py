@@ -41,8 +41,9 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 def line_of(capsys, *argv, cls=Config, **options):
     """The one line on stderr that `argv` ends in, with status 2."""
+    needed = ["--dataset=d"] if cls is Config else []
     with pytest.raises(SystemExit) as stop:
-        configure(cls, list(argv), **options)
+        configure(cls, [*needed, *argv], **options)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.endswith("\n") and len(err.splitlines()) == 1
@@ -59,13 +60,13 @@ def written(name, text):
 
 
 def test_precedence_is_defaults_then_files_left_to_right_then_flags():
-    a = written("a.py", "n_layer = 1\nn_head = 1\nn_embd = 64\nseed = 1")
+    a = written("a.py", "dataset = 'd'\nn_layer = 1\nn_head = 1\nn_embd = 64\nseed = 1")
     b = written("b.yaml", "n_layer: 2\nn_head: 2\n")
     cfg = configure(Config, ["--n_layer=3", a, b])
-    assert cfg == Config(n_layer=3, n_head=2, n_embd=64, seed=1)
+    assert cfg == Config(dataset="d", n_layer=3, n_head=2, n_embd=64, seed=1)
     assert configure(Config, [b, a, "--seed", "5", "--seed=6"]).n_head == 1
     assert configure(Config, [b, a, "--seed", "5", "--seed=6"]).seed == 6
-    assert configure(Config, []) == Config()
+    assert configure(Config, ["--dataset=d"]) == Config(dataset="d")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,8 @@ def test_precedence_is_defaults_then_files_left_to_right_then_flags():
 )
 def test_flags(argv, expected):
     written("n.py", "n_layer = 9")
-    cfg = configure(Config, argv)
-    assert cfg == Config(**expected)
+    cfg = configure(Config, ["--dataset=d", *argv])
+    assert cfg == Config(**{"dataset": "d"} | expected)
     for name, value in expected.items():
         assert type(getattr(cfg, name)) is type(value)
 
@@ -102,11 +103,11 @@ def test_flags(argv, expected):
 def test_py_literals():
     text = '"""Launch: train.py c.py"""\nbatch_size = 0x20\nmax_iters = 1_000\nmin_lr = (1e-5)\n'
     path = written("c.py", text + "dropout = 0\ndownloads = [\n    'a b',\n    'c' ' d',\n]\n")
-    cfg = configure(Config, [path])
+    cfg = configure(Config, ["--dataset=d", path])
     assert (cfg.batch_size, cfg.max_iters, cfg.min_lr) == (32, 1000, 1e-5)
     assert cfg.downloads == ("a b", "c d")
     assert cfg.dropout == 0.0 and type(cfg.dropout) is float
-    assert configure(Config, [path, "--downloads="]).downloads == ()
+    assert configure(Config, ["--dataset=d", path, "--downloads="]).downloads == ()
 
 
 YAML = """\
@@ -153,7 +154,8 @@ def test_a_list_of_downloads_in_both_formats():
     entries = ("http://a/x.zip x 0f", "http://b/y.zip y")
     py = written("a.py", f"downloads = {list(entries)}")
     yaml = written("a.yaml", "data:\n  downloads:\n" + "".join(f"    - {e}\n" for e in entries))
-    assert configure(Config, [py]).downloads == configure(Config, [yaml]).downloads == entries
+    for path in (py, yaml):
+        assert configure(Config, ["--dataset=d", path]).downloads == entries
 
 
 def test_configs_of_the_repository_read_alike():
@@ -166,7 +168,8 @@ def test_configs_of_the_repository_read_alike():
 
 def test_empty_files_set_nothing():
     files = [written("a.py", ""), written("b.yaml", ""), written("c.yml", "# nothing\n")]
-    assert configure(Config, [*files, written("d.py", '"""only a docstring"""')]) == Config()
+    files.append(written("d.py", '"""only a docstring"""'))
+    assert configure(Config, ["--dataset=d", *files]) == Config(dataset="d")
 
 
 def test_tuples_and_required_settings(capsys):
@@ -185,7 +188,7 @@ def test_tuples_and_required_settings(capsys):
 
     error = line_of(capsys, "--ckpt=c", path, cls=Sampling, files=False)
     assert error == "this script takes only --flags, not `a.py`"
-    assert line_of(capsys, cls=Sampling) == "--ckpt is required"
+    assert line_of(capsys, cls=Sampling, files=False) == "--ckpt is required"
     error = line_of(capsys, "--ckpt=c", "--image", "--verbose", cls=Sampling)
     assert error == "--image: expected a string, got nothing"
 
@@ -224,6 +227,18 @@ def test_directories():
     assert Config(dataset="coco").data_dir == Path("data/coco")
     assert Config(dataset="coco").run_dir == Path("out/coco")
     assert Config(dataset="coco", out_dir="runs/a").run_dir == Path("runs/a")
+    assert Config(dataset="coco", data="/disk/sets/a").data_dir == Path("/disk/sets/a")
+
+
+@pytest.mark.parametrize("argv", [[], ["--resume"], ["empty.yaml", "--max_iters=9"]])
+def test_a_start_without_a_dataset_does_nothing(capsys, argv):
+    """`python train.py` trained 20 M parameters on the built-in scenes, and moved the demo's
+    checkpoint out of the way for it."""
+    written("empty.yaml", "")
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, argv)
+    line = "--dataset is required: give it, or a config file such as config/shapes.py\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == line
 
 
 # ---------------------------------------------------------------------------------------------
@@ -436,7 +451,7 @@ def test_an_unreadable_file(capsys):
 def test_ranges_hold_without_a_command_line():
     for name, bad in dict(n_layer=0, dropout=-0.1, ema=1.0, mapper="x", seed=-1, grid=-1).items():
         with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got `{bad}`$"):
-            replace(Config(), **{name: bad})
+            replace(Config(dataset="d"), **{name: bad})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -521,19 +536,19 @@ def test_a_dict_is_taken_as_it_is():
 
 def test_a_checkpoint_of_before_downloads_was_a_list():
     """It was one string, most often an empty one."""
-    assert from_dict(Config, {"downloads": ""}, "ckpt.pt").downloads == ()
-    assert from_dict(Config, {"downloads": "http://a b; http://c d"}, "ckpt.pt").downloads == (
-        "http://a b; http://c d",
-    )
+    for text, entries in (("", ()), ("http://a b; http://c d", ("http://a b; http://c d",))):
+        old = {"dataset": "d", "downloads": text}
+        assert from_dict(Config, old, "ckpt.pt").downloads == entries
 
 
 def test_settings_survive_a_checkpoint():
-    cfg = Config(compile=False, captions="é", learning_rate=0.1, n_layer=3)
+    cfg = Config(dataset="d", compile=False, captions="é", learning_rate=0.1, n_layer=3)
     assert from_dict(Config, asdict(cfg), "ckpt.pt") == cfg
     assert from_dict(Config, json.loads(json.dumps(asdict(cfg))), "ckpt.pt") == cfg
     both = Sampling("c.pt", ("a", "b"), top_p=0.5)
     assert from_dict(Sampling, json.loads(json.dumps(asdict(both))), "x") == both
-    assert from_dict(Config, {"n_layer": 2}, "ckpt.pt") == Config(n_layer=2)
+    old = {"dataset": "d", "n_layer": 2}
+    assert from_dict(Config, old, "ckpt.pt") == Config(**old)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +559,10 @@ def test_settings_survive_a_checkpoint():
         ({3: 1}, "ckpt.pt: 3: no such setting"),
         ({"n_layer": [1]}, "ckpt.pt: n_layer: expected an int, got `[1]`"),
         ({"n_layer": 10**5000}, "ckpt.pt: n_layer: expected a number below 2**63"),
-        ({"n_layer": 0}, "ckpt.pt: n_layer: expected 1 <= n_layer <= 1000000, got `0`"),
+        (
+            {"dataset": "d", "n_layer": 0},
+            "ckpt.pt: n_layer: expected 1 <= n_layer <= 1000000, got `0`",
+        ),
         ({"dropout": float("nan")}, "ckpt.pt: dropout: expected a float, got `nan`"),
     ],
 )
@@ -656,8 +674,9 @@ def fuzz(examples):
 
 def settings_or_one_line(capsys, argv, cls=Config):
     capsys.readouterr()
+    needed = ["--dataset=d"] if cls is Config else []
     try:
-        cfg, status = configure(cls, argv), 0
+        cfg, status = configure(cls, [*needed, *argv]), 0
     except SystemExit as stop:
         cfg, status = None, stop.code
     out, err = capsys.readouterr()
@@ -717,6 +736,7 @@ TEXT = st.text(st.characters(codec="utf8", max_codepoint=0xFFFF, exclude_charact
 @given(
     cfg=st.builds(
         Config,
+        dataset=st.just("d"),
         learning_rate=st.floats(1e-4, 1000),
         captions=TEXT,
         n_layer=st.integers(1, 1000),

@@ -171,7 +171,9 @@ def test_a_file_that_changes_meanwhile_never_ends_up_half_old_half_new(here, ser
     """The rest of the new file is appended to a part of the old one; no unpacking may accept it."""
     old, new = (zipped({"photos/a": random.Random(i).randbytes(4500)}) for i in range(2))
     checksum = hashlib.sha256(new).hexdigest() if pinned else ""
-    options = dict(downloads=[f"{server.url}/x.zip raw/photos {checksum}"], images="raw", yes=True)
+    options = dict(
+        dataset="d", downloads=[f"{server.url}/x.zip raw/photos {checksum}"], images="raw", yes=True
+    )
     server.files["/x.zip"], server.breaks = new, 0
     Path("raw").mkdir()
     Path("raw/x.zip.part").write_bytes(old[:1000])
@@ -210,7 +212,7 @@ def test_a_full_disk_and_a_missing_curl_are_told_in_one_line(here, server, monke
     with pytest.raises(UserError, match="x.zip.part: curl cannot write it: free some space"):
         sources.download(f"{server.url}/x.zip", Path("x.zip"))
     monkeypatch.setenv("PATH", "")
-    cfg = Config(downloads=[f"{server.url}/x.zip raw"], images="raw", yes=True)
+    cfg = Config(dataset="d", downloads=[f"{server.url}/x.zip raw"], images="raw", yes=True)
     with pytest.raises(UserError, match="raw is missing, .* needs curl: install curl"):
         sources.fetch(cfg)
 
@@ -236,7 +238,7 @@ def test_one_archive_is_downloaded_by_one_process(here, server):
     """Two prepare.py, of datasets that share their images, wrote to one x.zip.part."""
     server.files["/x.zip"] = zipped({"photos/a": b"x"})
     entry = f"{server.url}/x.zip raw/photos"
-    cfg = Config(downloads=(entry,), images="raw/photos", yes=True)
+    cfg = Config(dataset="d", downloads=(entry,), images="raw/photos", yes=True)
     with (
         owning(Path("raw/x.zip.lock"), ""),
         pytest.raises(UserError, match="^another prepare.py is downloading raw/x.zip: wait"),
@@ -250,7 +252,7 @@ def test_one_archive_is_downloaded_by_one_process(here, server):
 def test_archives_are_distinguished_checked_and_deleted_after_use(here, server):
     server.files |= {"/dl?id=1": zipped({"photos/a": b"x"}), "/dl?id=2": zipped({"x.csv": b"y"})}
     both = [f"{server.url}/dl?id=1 raw/photos", f"{server.url}/dl?id=2 raw/x.csv"]
-    options = dict(downloads=both, images="raw/photos", captions="raw/x.csv", yes=True)
+    options = dict(dataset="d", downloads=both, images="raw/photos", captions="raw/x.csv", yes=True)
     second = server.files.pop("/dl?id=2")
     with pytest.raises(UserError, match="id=2: HTTP error 404"):
         sources.fetch(Config(**options))
@@ -261,7 +263,9 @@ def test_archives_are_distinguished_checked_and_deleted_after_use(here, server):
     server.files["/b.zip"] = zipped({"b": b"right"})
     Path("raw/b.zip").write_bytes(zipped({"b": b"wrong"}))
     checksum = hashlib.sha256(server.files["/b.zip"]).hexdigest()
-    options = dict(downloads=[f"{server.url}/b.zip raw/b {checksum}"], images="raw/b", yes=True)
+    options = dict(
+        dataset="d", downloads=[f"{server.url}/b.zip raw/b {checksum}"], images="raw/b", yes=True
+    )
     with pytest.raises(UserError, match="its checksum is not .*deleted"):
         sources.fetch(Config(**options))
     sources.fetch(Config(**options))
@@ -339,4 +343,4 @@ def test_hostile_zips(here, server):
     fetch({"photos/a": b"x"})
     assert Path("raw/photos/a").read_bytes() == b"x"
     with pytest.raises(UserError, match="downloads: expected `URL PATH"):
-        sources.fetch(Config(downloads=["file:///etc/passwd x"]))
+        sources.fetch(Config(dataset="d", downloads=["file:///etc/passwd x"]))

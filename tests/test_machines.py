@@ -150,7 +150,5 @@ def test_two_machines_encode_into_one_folder_or_are_told(hosts, tmp_path, monkey
         assert made() == expected
     else:
         assert all(run.returncode for run in runs)
-        assert (
-            "encoding is not the same on every machine: put data/ on shared storage" in outputs[1]
-        )
+        assert "encoding is not the same on every machine: put it on shared storage" in outputs[1]
         assert not Path("data/mine/meta.json").exists()

@@ -441,7 +441,7 @@ def test_keys_of_a_tar_may_have_dots_and_folders(here, capsys):
     names = ("dog.v2", "x/0", "y/0", "./z")
     shard_of("s.tar", {f"{n}.{k}": n.encode() for n in names for k in ("PNG", "txt")})
     problems = sources.Problems()
-    cfg = Config(source="shards", captions="s.tar")
+    cfg = Config(dataset="d", source="shards", captions="s.tar")
     records = [record for _, _, record in sources.read_shards(cfg, problems)]
     assert [(record.id, record.captions) for record in records] == [
         ("dog.v2", ["dog.v2"]), ("x/0", ["x/0"]), ("y/0", ["y/0"]), ("z", ["./z"])
@@ -459,7 +459,7 @@ def test_one_file_with_two_names_is_one_image(here, capsys):
     listed, _ = problems_of(capsys, source="csv", captions="x.csv")
     assert "image in two splits: 1\n  x.csv:3: ./a.png" in listed
     Path("x.csv").write_text("image,caption,split\n1.png,x,train\n1.png,y,val\n")
-    cfg = Config(source="csv", captions="x.csv", images="photos/{split}")
+    cfg = Config(dataset="d", source="csv", captions="x.csv", images="photos/{split}")
     assert {s: r[0].captions for s, r in sources.read(cfg).items()} == {
         "train": ["x"], "val": ["y"]
     }  # fmt: skip
@@ -500,7 +500,9 @@ def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
         expected.setdefault(name, []).append(" ".join(caption.split()))
     usable = not any(sources.text_problem(c) for captions in expected.values() for c in captions)
     for source in ("csv", "jsonl"):
-        cfg = Config(source=source, captions=f"{folder}/x.{source}", images=str(folder))
+        cfg = Config(
+            dataset="d", source=source, captions=f"{folder}/x.{source}", images=str(folder)
+        )
         problems = sources.Problems()
         splits = sources.gather(sources.READERS[source](cfg, problems), cfg, problems)
         assert bool(problems.lines) != usable
@@ -513,7 +515,7 @@ def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
 def test_any_bytes_are_read_or_refused_in_one_line(folder, data, source):
     head = b"image,caption\nf.png,x\n" if source == "csv" else b""
     (folder / "x.any").write_bytes(head + data)
-    cfg = Config(source=source, captions=f"{folder}/x.any", images=str(folder))
+    cfg = Config(dataset="d", source=source, captions=f"{folder}/x.any", images=str(folder))
     try:
         sources.read(cfg)
     except UserError as error:
@@ -536,7 +538,7 @@ def test_any_json_is_read_or_refused_in_one_line(folder, images, annotations):
     (folder / "x.json").write_text(content)
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, images)))
     for source, name in (("coco", "x.json"), ("karpathy", "x.json"), ("jsonl", "x.jsonl")):
-        cfg = Config(source=source, captions=f"{folder}/{name}", images=str(folder))
+        cfg = Config(dataset="d", source=source, captions=f"{folder}/{name}", images=str(folder))
         with pytest.raises(UserError):  # there is never a val split
             sources.read(cfg)
 

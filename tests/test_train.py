@@ -286,12 +286,12 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_it(here, monkeypatc
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    cfg = Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    cfg = Config(dataset="d", learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     rates = [train.learning_rate(s, cfg) for s in range(130)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates)
     assert rates[60] == pytest.approx(0.55) and rates[110:] == [pytest.approx(0.1)] * 20
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
-    short = Config(warmup_iters=50, max_iters=20)
+    short = Config(dataset="d", warmup_iters=50, max_iters=20)
     assert train.learning_rate(19, short) == pytest.approx(0.4e-3)
 
 
