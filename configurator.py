@@ -24,7 +24,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
-from parts.common import UserError
+from parts.common import UserError, or_shipped
 
 # ---------------------------------------------------------------------------------------------
 # Every setting of prepare.py and train.py. `--help` prints these very comments.
@@ -182,8 +182,8 @@ EXPECTED = {bool: "true or false", int: "an int", float: "a float", str: "a stri
 
 def cast(name: str, value, kind):
     """Return `value` as a `kind`: bool, int, float, str or dict, any of these `| None`, or a
-    `tuple[one of these, ...]`. Text is read as its kind; otherwise only int -> float is converted.
-    Raise ConfigError."""
+    `tuple[one of these, ...]`. Text is read as its kind, and a `~` before a string means the home
+    folder; otherwise only int -> float is converted. Raise ConfigError."""
     text = value.strip().lower() if isinstance(value, str) else None
     if NoneType in get_args(kind):  # X | None
         if value is None or text in NOTHING:
@@ -207,7 +207,7 @@ def cast(name: str, value, kind):
         refuse(name, EXPECTED[kind], value)
     if kind is str and re.search("[\0\ud800-\udfff]", value):  # no file name or file takes these
         refuse(name, "a string without NUL and surrogates", value)
-    return value
+    return os.path.expanduser(value) if kind is str else value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,6 +267,8 @@ def read_file(path: str):
     read = {".py": read_py, ".yaml": read_yaml, ".yml": read_yaml}.get(Path(path).suffix)
     if not read:
         raise ConfigError(f"`{path}` is neither a config file (.py .yaml .yml) nor a --flag")
+    with contextlib.suppress(ValueError):  # of NUL in a path; there is no such file
+        path = or_shipped(os.path.expanduser(path))
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file")
     lines = {}  # name -> where it was set
@@ -301,8 +303,9 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
     """Return the settings dataclass `cls` as the config files and flags in `argv` set it.
 
     Flags are `--key=value` or `--key value`, a bare `--key` for a bool, `--key a b c` for a tuple.
-    Arguments without dashes are config files, or errors if `files` is false. With `positional`,
-    they set the settings that it names, in order, and a tuple takes all that are left.
+    Arguments without dashes are config files (`--config FILE` is one too), or errors if `files` is
+    false. With `positional`, they set the settings that it names, in order, and a tuple takes all
+    that are left.
 
     A mistake prints one line to stderr and exits with status 2; `--help` or `-h` prints `usage`
     and the settings, and exits with 0.
@@ -357,7 +360,10 @@ def read_flags(cls, argv: list[str], positional: list[str]) -> tuple[list, list]
         if get_origin(kind) is tuple:
             lists[name] = lists.get(name, []) + values
             values = [lists[name]]
-        flags.append(("--", name, values[0]))
+        if name == "config":
+            rest.append(values[0] or "")
+        else:
+            flags.append(("--", name, values[0]))
     return rest, flags
 
 

@@ -62,6 +62,12 @@ def naming(path: Path | str, part: Path | None = None) -> Iterator[None]:
         raise
 
 
+def or_shipped(path: str) -> str:
+    """Return `path`; if nothing is there, and it names a file of the repository, that one's."""
+    shipped = os.path.join(Path(__file__).resolve().parents[1], path)
+    return shipped if os.path.exists(shipped) and not os.path.exists(path) else path
+
+
 def sync(file) -> None:
     """Write an open file's content to the disk, not only to the system's cache."""
     file.flush()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parts.common import UserError, prefetch
+from parts.common import UserError, or_shipped, prefetch
 
 # ---------------------------------------------------------------------------------------------
 # Reading image files
@@ -181,8 +181,8 @@ class Encoder:
         import transformers
         from safetensors import SafetensorError
 
-        folder = os.path.expanduser(name)
-        if name.startswith((".", "/", "~", "assets/")) and not Path(folder).is_dir():
+        folder = or_shipped(name)
+        if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
             raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
         transformers.logging.set_verbosity_error()  # it would advise to install torchvision
         transformers.logging.disable_progress_bar()

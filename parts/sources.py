@@ -611,6 +611,7 @@ def fetch(cfg) -> None:
     missing = []
     for entry in filter(str.strip, cfg.downloads):
         url, path, checksum = [*entry.split(), "", ""][:3]
+        path = os.path.expanduser(path)
         if not url.startswith(("http://", "https://")) or not path:
             raise UserError(f"downloads: expected `URL PATH [CHECKSUM]`, got `{entry.strip()}`")
         if is_needed(Path(path), cfg):

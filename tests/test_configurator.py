@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import configurator
 from configurator import Config, ConfigError, configure, from_dict, within
-from parts.common import UserError, run
+from parts.common import UserError, or_shipped, run
 
 ROOT = Path(configurator.__file__).parent
 
@@ -230,6 +230,39 @@ def test_directories():
     assert Config(dataset="coco", data="/disk/sets/a").data_dir == Path("/disk/sets/a")
 
 
+def test_a_config_is_given_with_or_without_a_flag(capsys):
+    """The original system's command was `python train.py --config FILE`."""
+    a, b = written("a.py", "seed = 1"), written("b.yaml", "seed: 2\ndataset: d")
+    for argv in ([a, b], ["--config", a, b], ["--config=a.py", "--config", b], [a, "--config", b]):
+        assert configure(Config, argv) == Config(dataset="d", seed=2)
+    said = "`` is neither a config file (.py .yaml .yml) nor a --flag"
+    assert line_of(capsys, "--config") == line_of(capsys, "--config=") == said
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    """Only the shell expands it, and not after `=`: train.py made a folder called `~`."""
+    monkeypatch.setenv("HOME", os.path.abspath("home"))
+    Path("home").mkdir()
+    written("home/c.yaml", "dataset: d\nout_dir: ~/runs/a\ndownloads: [~/x, a ~/y]")
+    cfg = configure(Config, ["~/c.yaml", "--captions=~/{split}.csv", "--images", "~", "--clip=a~b"])
+    home = os.environ["HOME"]
+    assert cfg.run_dir == Path(home, "runs/a") and cfg.images == home and cfg.clip == "a~b"
+    assert cfg.captions == home + "/{split}.csv" and cfg.downloads == (home + "/x", "a ~/y")
+    assert configure(Config, ["--config=~/c.yaml"]).out_dir == home + "/runs/a"
+
+
+def test_shipped_files_are_found_from_any_folder():
+    """prepare.py config/shapes.py worked in the repository's own folder only."""
+    cfg = configure(Config, ["config/shapes.py"])
+    assert (cfg.dataset, cfg.vocab_size, cfg.data_dir) == ("shapes", 512, Path("data/shapes"))
+    assert or_shipped(cfg.clip) == str(ROOT / "assets/shapes-clip")
+    for name in ("openai/clip-vit-base-patch32", "assets/none", "./none", "/none", "x" * 5000):
+        assert or_shipped(name) == name
+    Path("config").mkdir()
+    written("config/shapes.py", "dataset = 'own'")  # what is here comes first
+    assert configure(Config, ["config/shapes.py"]).dataset == "own"
+
+
 @pytest.mark.parametrize("argv", [[], ["--resume"], ["empty.yaml", "--max_iters=9"]])
 def test_a_start_without_a_dataset_does_nothing(capsys, argv):
     """`python train.py` trained 20 M parameters on the built-in scenes, and moved the demo's
@@ -304,6 +337,7 @@ def test_odd_arguments_refused(capsys):
     )
     assert line_of(capsys, "a\0.py") == r"a\x00.py: no such file"
     assert line_of(capsys, "\ud800.py") == r"\ud800.py: no such file"
+    assert line_of(capsys, "~\0.py") == r"~\x00.py: no such file"
     assert line_of(capsys, "") == "`` is neither a config file (.py .yaml .yml) nor a --flag"
     long = "--n_layer: expected an int, got `" + "x" * 59 + "…`"
     assert line_of(capsys, "--n_layer=" + "x" * 100000) == long
@@ -730,6 +764,7 @@ def test_damaged_files(capsys):
 
 
 TEXT = st.text(st.characters(codec="utf8", max_codepoint=0xFFFF, exclude_characters="\0"))
+TEXT = TEXT.filter(lambda text: text[:1] != "~")  # the home folder
 
 
 @fuzz(100)

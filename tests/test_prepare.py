@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from helpers import (
 )
 
 import prepare
-from configurator import Config, ConfigError
+from configurator import Config, ConfigError, configure
 from data import Meta, Split
 from parts.common import UserError, owning
 from parts.encoder import Encoder, read_image
@@ -367,6 +368,18 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(here, clip):
     assert said == "another prepare.py is writing data/mine/: wait until it ends\n"
     prepare.main(Config(**options))
     assert not Path("data/mine/lock").exists()
+
+
+def test_the_shipped_config_works_in_any_folder(here):
+    """It found its CLIP in the repository's own folder only, and left an empty data/ elsewhere."""
+    few = ["--shapes_train=8", "--shapes_eval=4", "--data=sets/a", "--workers=0"]
+    cfg = configure(Config, ["config/shapes.py", *few])
+    with pytest.raises(UserError, match="clip=assets/none: no such folder"):
+        prepare.main(replace(cfg, clip="assets/none"))
+    prepare.main(cfg)
+    meta = Split("sets/a", "train").meta
+    assert (meta.dataset, meta.encoder) == ("shapes", "assets/shapes-clip")
+    assert not Path("data").exists()
 
 
 def test_built_in_scenes_do_not_replace_the_users_files(here):
