@@ -7,7 +7,8 @@
 
 Writes to `out/<dataset>/`: ckpt.pt, the best checkpoint by validation CIDEr, with all that
 sample.py needs; last.pt, which --resume continues; log.jsonl, every logged line. Without
---resume, an earlier run's files are moved to `out/<dataset>/previous/`.
+--resume, an earlier run's files are moved to `out/<dataset>/previous/`, or `previous-2/` and so on:
+nothing is deleted.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def main(cfg: Config) -> dict:
     """Train as `cfg` says. Return the last evaluation's figures."""
     device = Device(cfg.device, cfg.dtype)
     keep_freed_memory()
-    scores = train(cfg, device)
+    with device.owning(cfg.run_dir / "lock", f"train.py is writing {cfg.run_dir}/"):
+        scores = train(cfg, device)
     device.close()
     if scores is None:
         sys.exit(PREEMPTED)
@@ -162,7 +164,8 @@ class Training:
 
         # -- resume, or make room for a new run
         averaged: dict = {}
-        if cfg.resume and self.last_path.is_file():
+        resumes = cfg.resume and self.last_path.is_file()
+        if resumes:
             averaged = self.resume()
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device)
@@ -170,11 +173,11 @@ class Training:
             raise UserError(
                 f"{self.last_path} is not the same on every machine: all must share its folder"
             )
-        if device.is_first and not cfg.resume and self.last_path.is_file():
-            checkpoint.move_earlier_run(cfg.run_dir)
         # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
         #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
         self.wrapped = device.wrap(self.model, cfg.compile)
+        if device.is_first and not resumes:
+            checkpoint.move_earlier_run(cfg.run_dir)
         self.log = Log(cfg, device, self.model, self.progress.step)
         self.introduce()
 

@@ -4,6 +4,7 @@ ckpt.pt  to share: weights, model settings, tokenizer, the dataset's meta.json, 
 last.pt  to resume from: that plus optimizer, gradient scaler, average, random states, Progress.
 """
 
+import itertools
 import os
 import pickle
 import zipfile
@@ -147,11 +148,17 @@ def changed_settings(before: dict, now: dict, but: tuple[str, ...]) -> list[str]
 
 
 def move_earlier_run(folder: Path) -> None:
-    """Move the files of an earlier run, which is not resumed, to `folder`/previous."""
+    """Move the checkpoints and log of an earlier run in `folder`, which is not resumed, to
+    `folder`/previous, or previous-2 and so on if there are earlier ones."""
+    names = [name for name in ("ckpt.pt", "last.pt", "log.jsonl") if (folder / name).exists()]
+    if names in ([], ["log.jsonl"]):  # nothing was trained
+        return
     previous = folder / "previous"
-    previous.mkdir(exist_ok=True)
-    for name in ("ckpt.pt", "last.pt", "log.jsonl"):
-        (previous / name).unlink(missing_ok=True)
-        if (folder / name).exists():
-            os.replace(folder / name, previous / name)
-    print(f"{folder} holds an earlier run: moved its files to {previous}; --resume continues it")
+    for number in itertools.count(2):
+        if not previous.exists():
+            break
+        previous = folder / f"previous-{number}"
+    previous.mkdir()
+    for name in names:
+        os.replace(folder / name, previous / name)
+    print(f"{folder} holds an earlier run: moved its files to {previous}")

@@ -38,7 +38,7 @@ from configurator import Config
 from data import Order, Split
 from decode import Decoding, generate, load_captioner
 from parts import checkpoint
-from parts.common import UserError
+from parts.common import UserError, owning
 from parts.device import Device
 
 
@@ -194,15 +194,37 @@ def test_of_equal_cider_the_lower_loss_is_kept(here, monkeypatch):
     assert torch.load("out/tiny/ckpt.pt", weights_only=True)["step"] == best["step"] == 12
 
 
-def test_an_earlier_run_is_moved_not_overwritten(here, capfd):
-    train.main(Config(**SMALL))
-    before = {name: Path("out/tiny", name).read_bytes() for name in ("ckpt.pt", "last.pt")}
-    train.main(Config(**SMALL | dict(seed=1)))
-    assert "moved its files to out/tiny/previous" in capfd.readouterr().out
-    for name, data in before.items():
-        assert Path("out/tiny/previous", name).read_bytes() == data
-        assert Path("out/tiny", name).read_bytes() != data
+def test_earlier_runs_are_moved_and_never_deleted(here, capfd):
+    """The run before the last was deleted. So was one of which only ckpt.pt was kept."""
+    folders, runs = ("previous", "previous-2", "previous-3"), []
+    for seed in range(3):
+        train.main(Config(**SMALL | dict(seed=seed)))
+        assert ("moved its files to" in capfd.readouterr().out) == (seed > 0)
+        if seed == 2:
+            Path("out/tiny/last.pt").unlink()
+        runs.append({path.name: path.read_bytes() for path in Path("out/tiny").glob("*.*")})
+    train.main(Config(**SMALL | dict(resume=True)))  # there is nothing to resume
+    assert "moved its files to out/tiny/previous-3\n" in capfd.readouterr().out
+    for folder, files in zip(folders, runs, strict=True):
+        moved = Path("out/tiny", folder).iterdir()
+        assert {path.name: path.read_bytes() for path in moved} == files
+    assert [len(files) for files in runs] == [3, 3, 2]
+    assert sorted(os.listdir("out/tiny"))[:3] == ["ckpt.pt", "last.pt", "log.jsonl"]
     assert len(log_of("out/tiny")) == len(log_of("out/tiny/previous")) == 14
+
+
+def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(here):
+    """It moved the running one's files away, and both reported success."""
+    train.main(Config(**SMALL))
+    with owning(Path("out/tiny/lock"), ""):
+        before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
+        for resume in (False, True):
+            with pytest.raises(UserError, match="^another train.py is writing out/tiny/: wait"):
+                train.main(Config(**SMALL | dict(resume=resume)))
+        assert before == {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
+    with pytest.raises(UserError, match="data/none/meta.json not found"):
+        train.main(Config(**SMALL | dict(dataset="none")))
+    assert os.listdir("out") == ["tiny"]
 
 
 LEAVING = """
