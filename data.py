@@ -141,6 +141,11 @@ class Meta:
             files[name] = {"bytes": size, "sha256": sha256(path), "sample": fingerprint(path)}
         write_text(folder / "meta.json", json.dumps(asdict(self) | {"files": files}, indent=1))
 
+    @property
+    def longest_caption(self) -> int:
+        """The tokens of the longest caption of all splits, with bos or eos."""
+        return max(split["longest_caption"] for split in self.splits.values())
+
     def differences(self, other: "Meta") -> str:
         """Return how the other's embeddings differ in kind from this one's, "" if they do not."""
         return "; ".join(

@@ -32,20 +32,20 @@ class Decoding:
     """How captions are chosen. A prompt counts towards the lengths, the end token does not."""
 
     # -- decoding -------------------------------------------------------------------------
-    method: str = "greedy"  # greedy, sample (temperature, top-k, top-p) or beam
+    method: str = "greedy"  # greedy, sample (temperature, top-k, top-p), topk or beam
     n_best: int = 1  # captions per image: its best beams, or independent samples
     beams: int = 5  # beam: partial captions kept per image
     length_penalty: float = 0.0  # beam: a caption scores log p / length ** length_penalty
     temperature: float = 1.0  # sample: below 1 sharpens, above 1 flattens
-    top_k: int = 0  # sample: only from the k most likely tokens, 0 = all
+    top_k: int = 0  # sample: only from the k most likely tokens, 0 = all; topk: 0 = 50
     top_p: float = 1.0  # sample: only from the most likely tokens that together reach p
     min_len: int = 1  # minimum caption length in tokens
-    max_len: int = 0  # maximum caption length in tokens; 0: what fits the model, at most 40
+    max_len: int = 0  # maximum; 0: of the longest caption learned from, or 40, if it fits the model
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice, 0 = off
     seed: int = 0  # of sampling
 
     def __post_init__(self):
-        one_of(self, "method", "greedy sample beam")
+        one_of(self, "method", "greedy sample beam topk")
         within(self, "beams n_best", 1, 1000)
         within(self, "length_penalty", -10, 10)
         within(self, "temperature", 0)
@@ -60,13 +60,13 @@ class Decoding:
             refuse("n_best", f"at most {most} with --method={self.method}", self.n_best)
         if self.min_len > self.max_len > 0:
             refuse("min_len", f"at most max_len={self.max_len}", self.min_len)
-        for method, names in {
-            "sample": ("temperature", "top_k", "top_p"),
-            "beam": ("beams", "length_penalty"),
+        for methods, names in {
+            ("sample", "topk"): ("temperature", "top_k", "top_p"),
+            ("beam",): ("beams", "length_penalty"),
         }.items():
             for name in names:
-                if self.method != method and getattr(self, name) != getattr(Decoding, name):
-                    raise ConfigError(f"{name}: does nothing without --method={method}", name)
+                if self.method not in methods and getattr(self, name) != getattr(Decoding, name):
+                    raise ConfigError(f"{name}: does nothing without --method={methods[0]}", name)
 
 
 class Caption(NamedTuple):
@@ -75,6 +75,7 @@ class Caption(NamedTuple):
     ids: list[int]  # with the prompt, without bos and eos
     logprob: float  # of what follows the prompt, and of eos unless max_len came first
     logprobs: list[float]  # each token's; they sum to logprob
+    ended: bool  # by eos; otherwise cut at max_len
 
 
 def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
@@ -99,7 +100,7 @@ def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
 @torch.inference_mode()
 def generate(
     model: ClipLM, embeddings: Tensor, tokenizer: Tokenizer, cfg: Decoding, prompt: str = "",
-    numbers=None,
+    numbers=None, longest: int = 0,
 ) -> list[list[Caption]]:  # fmt: skip
     """Return up to `n_best` captions of each image, best first.
 
@@ -109,15 +110,19 @@ def generate(
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
         numbers: one per image, to seed its samples besides cfg.seed; by default 0 to B - 1.
+        longest: the tokens of the longest caption in the data, with its end token. Without
+            cfg.max_len, captions are cut at this length, or at 40 tokens if it is less.
 
     Raises UserError if the prompt or max_len does not fit the model's block.
     """
+    if cfg.method == "topk":
+        cfg = replace(cfg, method="sample", top_k=cfg.top_k or 50)
     prompt_ids = tokenizer.encode(prompt) if prompt else []
     room = model.cfg.block_size - model.cfg.prefix_length
     if tokenizer.unk in prompt_ids:
         raise UserError(f"the prompt `{prompt}` contains characters the tokenizer has never seen")
     if cfg.max_len == 0:
-        cfg = replace(cfg, max_len=min(40, room))
+        cfg = replace(cfg, max_len=min(max(40, longest), room))
     if cfg.max_len > room:
         raise UserError(f"max_len={cfg.max_len} exceeds the {room} tokens that block_size leaves")
     if len(prompt_ids) >= cfg.max_len:
@@ -395,5 +400,5 @@ def as_captions(written: Tensor, logprobs: Tensor, tokenizer, prompt: list[int])
     for ids, shares in zip(written.tolist(), logprobs.tolist(), strict=True):
         length = ids.index(tokenizer.eos) if tokenizer.eos in ids else len(ids)
         shares = shares[len(prompt) : length + 1]
-        captions.append(Caption(ids[:length], math.fsum(shares), shares))
+        captions.append(Caption(ids[:length], math.fsum(shares), shares, length < len(ids)))
     return captions

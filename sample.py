@@ -30,7 +30,8 @@ import metrics
 from configurator import ConfigError, configure, one_of, within
 from data import Meta, Split
 from decode import Caption, Decoding, generate, load_captioner
-from parts.common import UserError, append, printable, run, sha256, write_text
+from parts import checkpoint
+from parts.common import UserError, append, owning, printable, run, sha256, write_text
 from parts.device import Device, lay_out_by_columns
 from parts.tracking import Tracker
 
@@ -39,9 +40,10 @@ from parts.tracking import Tracker
 class SampleConfig(Decoding):
     # -- what -----------------------------------------------------------------------------
     ckpt: str  # a checkpoint that train.py wrote
-    split: str = ""  # caption this split of the checkpoint's dataset, and score the captions
+    split: str = ""  # caption this split, and score the captions; empty, without image: val
     image: tuple[str, ...] = ()  # or these image files, and all images in these folders
-    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
+    data: str = ""  # the dataset directory; empty: the one that the checkpoint was trained on
+    other_dataset: bool = False  # caption a split of a dataset that it was not trained on
     images: str = ""  # folder of the split's images, for the gallery; empty: prepare.py's
     clip: str = ""  # the encoder's name or folder; empty: the checkpoint's
     prompt: str = ""  # text that every caption continues
@@ -64,8 +66,10 @@ class SampleConfig(Decoding):
         within(self, "workers", 0)
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
-        if bool(self.split) == bool(self.image):
+        if self.split and self.image:
             raise ConfigError("give either --split=<name> or --image <files and folders>")
+        if not self.image and not self.split:
+            object.__setattr__(self, "split", "val")  # the class is frozen
         shown = self.split or self.gallery or self.out_json
         for name, useless, needed in (
             ("java", self.java and not self.split, "--split"),
@@ -82,9 +86,17 @@ def main(cfg: SampleConfig) -> dict:
         raise UserError(missing)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("sample.py runs as one process, not under torchrun")
-    captioner = Captioner(cfg)
-    source = SplitSource(cfg, captioner.meta) if cfg.split else FileSource(cfg, captioner)
     out = output_path(cfg)
+    with contextlib.ExitStack() as stack:
+        for path in filter(None, (out, cfg.out_csv)):
+            stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
+        return caption_and_score(cfg, out)
+
+
+def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
+    """Do what `main` does, when it owns the output files."""
+    captioner = Captioner(cfg)
+    source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
     results = Results(out, captioner.signature() | source.signature())
     first = len(results.entries)
     if first:
@@ -96,8 +108,9 @@ def main(cfg: SampleConfig) -> dict:
     # -- score and write
     predictions = [entry for entry in results.entries if "skipped" not in entry]
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
-    scores = score(predictions, cfg.java) if cfg.split else {}
-    for line in skipped:
+    scored = cfg.split and any(p["references"] for p in predictions)
+    scores = score(predictions, cfg.java) if scored else {}
+    for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
     write_files(cfg, out, predictions)
     results.finish()
@@ -109,6 +122,7 @@ def main(cfg: SampleConfig) -> dict:
         f"{len(predictions)} images, {new / seconds:.1f} captions/s, {cfg.method} on "
         f"{captioner.device.torch_device}"
     )
+    captioner.report_cut(predictions)
     if scores:
         print(json.dumps({"split": cfg.split, "images": len(predictions), **scores}))
     if skipped:
@@ -151,6 +165,8 @@ class Captioner:
         self.cfg = cfg
         self.model, self.tokenizer, content = load_captioner(cfg.ckpt)
         self.meta = Meta.from_dict(content["meta"], f"{cfg.ckpt}: meta")
+        trained_on = content["config"].get("data") or f"data/{self.meta.dataset}"
+        self.data = Path(cfg.data or str(trained_on))
         self.device = Device(cfg.device, cfg.dtype)
         lay_out_by_columns(self.model)
         self.model.to(self.device.torch_device)
@@ -162,6 +178,7 @@ class Captioner:
             "decoding": {f.name: getattr(self.cfg, f.name) for f in fields(Decoding)},
             "prompt": self.cfg.prompt,
             "attention": self.cfg.attention,
+            "device": str(self.device.torch_device),
             "dtype": str(self.device.dtype),
         }
 
@@ -173,8 +190,9 @@ class Captioner:
         numbers = [item["number"] for item in items]
         with self.device.autocast():
             captions = generate(
-                self.model, embeddings, self.tokenizer, self.cfg, self.cfg.prompt, numbers
-            )
+                self.model, embeddings, self.tokenizer, self.cfg, self.cfg.prompt, numbers,
+                self.meta.longest_caption,
+            )  # fmt: skip
         attention = [None] * len(items)
         if self.cfg.attention:
             attention = self.attention(embeddings, [best.ids for best, *_ in captions])
@@ -187,6 +205,8 @@ class Captioner:
         entry |= {name: item[name] for name in ("file_name", "path", "references")}
         entry["tokens"] = self.tokenizer.pieces(captions[0].ids)
         entry["logprobs"] = [round(logprob, 4) for logprob in captions[0].logprobs]
+        if not captions[0].ended:
+            entry["cut"] = True
         if len(captions) > 1:
             entry["n_best"] = [
                 {"caption": text, "logprob": round(caption.logprob, 4)}
@@ -198,6 +218,17 @@ class Captioner:
             entry["attention"] = attention
             entry["grid"] = math.isqrt(self.meta.n_positions) if self.model.cfg.is_grid else 0
         return entry
+
+    def report_cut(self, predictions: list[dict]) -> None:
+        """Say how many captions reached the longest length before they ended."""
+        cut = [len(p["tokens"]) for p in predictions if p.get("cut")]
+        if not cut:
+            return
+        room = self.model.cfg.block_size - self.model.cfg.prefix_length
+        print(
+            f"{len(cut)} of {len(predictions)} captions were cut at {max(cut)} tokens: "
+            f"--max_len can be up to {room}"
+        )
 
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
         """Return, for each caption's tokens, the weights of the P prefix positions."""
@@ -217,24 +248,32 @@ class Captioner:
 
 
 class SplitSource:
-    """The images of a dataset's split. Raises UserError if it does not fit the checkpoint."""
+    """The images of a dataset's split. Raises UserError if it does not fit the checkpoint, or if
+    the checkpoint was trained on another dataset: that may have had these images in training."""
 
-    def __init__(self, cfg: SampleConfig, meta: Meta):
-        self.split = Split(Path(cfg.data or f"data/{meta.dataset}"), cfg.split)
-        if differences := meta.differences(self.split.meta):
+    others = ()  # files that are no images
+
+    def __init__(self, cfg: SampleConfig, captioner: Captioner):
+        self.split = Split(captioner.data, cfg.split)
+        if differences := captioner.meta.differences(self.split.meta):
             raise UserError(f"{self.split.folder} does not fit {cfg.ckpt}: it has {differences}")
+        if not cfg.other_dataset:
+            changed = self.split.meta.changed_files(captioner.meta)
+            hint = "add --other_dataset to caption this one all the same"
+            checkpoint.refuse_other_dataset(cfg.ckpt, changed, hint)
         folder = cfg.images or self.split.meta.images or str(self.split.folder / "images")
-        folder = Path(folder.replace("{split}", cfg.split))
+        self.folder = Path(folder.replace("{split}", cfg.split))
         images, references = self.split.references()
         self.items = []
         for number, (image, captions) in enumerate(zip(images, references, strict=True)):
-            path = folder / image["file_name"]
+            path = self.folder / image["file_name"]
             item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
             item["path"] = str(path) if path.is_file() else ""
             self.items.append(item | {"references": captions, "facts": image.get("facts")})
 
     def signature(self) -> dict:
-        return {"data": self.split.meta.files, "split": self.split.name}
+        images = str(self.folder)
+        return {"data": self.split.meta.files, "split": self.split.name, "images": images}
 
     def embeddings(self, batches: list[list[dict]]) -> Iterator[tuple[torch.Tensor, dict]]:
         """Yield the embeddings of each batch, and the reason for each image that has none."""
@@ -249,11 +288,15 @@ class FileSource:
         from parts.encoder import Encoder, find_images
 
         self.cfg, meta = cfg, captioner.meta
-        self.items = [
-            {"number": i, "image_id": i, "file_name": path.name, "path": str(path),
-             "references": []}
-            for i, path in enumerate(find_images(cfg.image))
-        ]  # fmt: skip
+        files, self.others = find_images(cfg.image)
+        first = Path(cfg.image[0])
+        folder = first if first.is_dir() else first.parent
+        self.items = []
+        for number, path in enumerate(files):
+            # Below the one folder that was given, or as they were given: no two are the same.
+            name = path.relative_to(folder) if len(cfg.image) == 1 else path
+            item = {"number": number, "image_id": number, "file_name": str(name)}
+            self.items.append(item | {"path": str(path), "references": []})
         if not meta.encoder:
             raise UserError(
                 f"{cfg.ckpt} was trained on embeddings of your own, which no encoder here can "
@@ -271,7 +314,12 @@ class FileSource:
             )
 
     def signature(self) -> dict:
-        return {"clip": self.cfg.clip, "images": [item["path"] for item in self.items]}
+        files = []
+        for item in self.items:
+            path = Path(item["path"])
+            stat = path.stat() if path.exists() else None
+            files.append([str(path), stat and [stat.st_size, stat.st_mtime_ns]])
+        return {"encoder": self.encoder.digest(), "images": files}
 
     def embeddings(self, batches: list[list[dict]]) -> Iterator[tuple[torch.Tensor, dict]]:
         """Yield the embeddings of each batch, and the reason for each file that has none."""

@@ -323,12 +323,11 @@ def model_config(cfg: Config, meta: Meta, vocab_size: int) -> ModelConfig:
     for name in ("features", "embedding_dim", "n_positions", "normalize"):
         known[name] = getattr(meta, name)
     config = ModelConfig(**{field.name: known[field.name] for field in fields(ModelConfig)})
-    longest = max(split["longest_caption"] for split in meta.splits.values())
-    needed = config.prefix_length + longest
+    needed = config.prefix_length + meta.longest_caption
     if needed > cfg.block_size:
         raise UserError(
             f"block_size={cfg.block_size} is too short for a prefix of {config.prefix_length} "
-            f"and a caption of {longest}: set --block_size={needed}"
+            f"and a caption of {meta.longest_caption}: set --block_size={needed}"
         )
     return config
 
@@ -401,15 +400,16 @@ class Evaluator:
 
         The figures are None if any rank had to stop. They are: val_loss, nats per token;
         shuffled_loss, the same with another image's embedding (if it is no higher, the model
-        ignores the image); CIDEr; distinct, the share of different captions among all.
+        ignores the image); CIDEr; distinct, the share of different captions among all; ended, the
+        share of captions that ended by themselves and were not cut at the longest length.
         """
         self.model.eval()
         nll, shuffled, targets = self.losses(should_stop)
-        own_captions = self.captions(should_stop)
+        own_captions, ended = self.captions(should_stop)
         self.model.train()
         if self.device.any(should_stop()):
             return None, []
-        nll, shuffled, targets = self.device.sum(nll, shuffled, targets)
+        nll, shuffled, targets, ended = self.device.sum(nll, shuffled, targets, ended)
         by_rank = self.device.gather(own_captions)
         world = self.device.world
         # rank r captioned images r, r + world, ...: put them back in order
@@ -419,6 +419,7 @@ class Evaluator:
             "shuffled_loss": shuffled / targets,
             "CIDEr": float(self.cider.score(self.images, captions).mean()),
             "distinct": len(set(captions)) / len(captions),
+            "ended": ended / len(captions),
         }
         return scores, self.samples(captions)
 
@@ -440,9 +441,10 @@ class Evaluator:
             targets += len(batch["targets"])
         return nll, shuffled, targets
 
-    def captions(self, should_stop: Callable[[], bool]) -> list[str]:
-        """Return greedy captions of this rank's share of `images`."""
+    def captions(self, should_stop: Callable[[], bool]) -> tuple[list[str], int]:
+        """Return greedy captions of this rank's share of `images`, and how many of them ended."""
         captions = []
+        ended = 0
         own = self.images[self.device.rank :: self.device.world]
         for i in range(0, len(own), self.BATCH):
             if should_stop():
@@ -450,9 +452,13 @@ class Evaluator:
             embeddings = self.split.embedding(own[i : i + self.BATCH])
             embeddings = embeddings.to(self.device.torch_device)
             with self.device.autocast():
-                best = generate(self.model, embeddings, self.split.tokenizer, Decoding())
+                best = generate(
+                    self.model, embeddings, self.split.tokenizer, Decoding(),
+                    longest=self.split.meta.longest_caption,
+                )  # fmt: skip
             captions += [self.split.tokenizer.decode(caption.ids) for (caption,) in best]
-        return captions
+            ended += sum(caption.ended for (caption,) in best)
+        return captions, ended
 
     def samples(self, captions: list[str]) -> list[str]:
         """Return some captions, each next to a reference."""

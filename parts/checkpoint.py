@@ -121,6 +121,13 @@ def fill(model: nn.Module, weights: dict, path: Path | str) -> None:
         raise UserError(f"{path}: its weights do not fit its settings: {reason}") from None
 
 
+def refuse_other_dataset(path: Path | str, changed_files: list[str], hint: str) -> None:
+    """Raise UserError if a dataset's files are not those that a checkpoint was trained on."""
+    if changed_files:
+        names = ", ".join(changed_files)
+        raise UserError(f"{path} was trained on another dataset: {names} differ: {hint}")
+
+
 def refuse_other_run(content: dict, path: Path, model_config: dict, changed_files: list) -> None:
     """Raise UserError if last.pt cannot be resumed by this run: another dataset or model.
 
@@ -131,8 +138,7 @@ def refuse_other_run(content: dict, path: Path, model_config: dict, changed_file
     """
     if "optimizer" not in content:
         raise UserError(f"{path} cannot be resumed: it holds no optimizer; last.pt does")
-    if changed_files:
-        raise UserError(f"{path} was trained on another dataset: {', '.join(changed_files)} differ")
+    refuse_other_dataset(path, changed_files, "start without --resume to train on this one")
     changed = changed_settings(content["model_config"], model_config, but=("dropout",))
     if changed:
         raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")

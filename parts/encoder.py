@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import itertools
+import mimetypes
 import os
 import struct
 import warnings
@@ -37,7 +38,6 @@ class BadImage(Exception):
 
 # Formats that Pillow decodes by itself: to open EPS, for one, it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .avif".split())
 LARGEST = 1 << 28  # bytes of a file
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NARROWEST = 200  # longer : shorter side; resizing to CLIP's height multiplies the memory by it
@@ -118,32 +118,42 @@ def to_8_bits(image):
     return Image.fromarray(np.stack((grey, alpha), -1))
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """Return the files among `paths`, and the images in folders among them, sorted by name.
+def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """Return the files among `paths`, and those in folders among them, sorted by name.
 
-    Raise UserError if a path does not exist, or if a folder holds no image or cannot be read.
+    Hidden files, of which macOS makes many, and its `__MACOSX` are ignored. Files in folders whose
+    suffix is that of something else, such as a text, are not returned; there is a line for each in
+    the second list. Raise UserError if a path does not exist, or if a folder holds no image or
+    cannot be read.
     """
 
     def unreadable(error: OSError):
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    images = []
+    images, others = [], []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         if not path.is_dir():
             images.append(path)
             continue
-        inside = sorted(
-            Path(folder, name)
-            for folder, _, names in os.walk(path, onerror=unreadable)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        )
-        if not inside:
-            raise UserError(f"{path}: no images in it ({' '.join(SUFFIXES)})")
-        images += inside
-    return images
+        before = len(images)
+        for folder, folders, names in os.walk(path, onerror=unreadable):
+            folders[:] = [name for name in folders if is_visible(name)]
+            for name in filter(is_visible, names):
+                kind = mimetypes.guess_type(name)[0] or "image"  # without a suffix, it may be one
+                if kind.startswith("image"):
+                    images.append(Path(folder, name))
+                else:
+                    others.append(f"{Path(folder, name)}: {kind}")
+        if len(images) == before:
+            raise UserError(f"{path}: no images in it")
+        images[before:] = sorted(images[before:])
+    return images, sorted(others)
+
+
+def is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def encoding(cfg: Bench, folder: Path) -> None:
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
     transformers.CLIPImageProcessorPil().save_pretrained(folder)
     encoder = Encoder(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
-    paths, n = find_images([cfg.images]), cfg.batch * cfg.batches
+    paths, n = find_images([cfg.images])[0], cfg.batch * cfg.batches
     files = [(paths[i % len(paths)],) for i in range(n)]
     batches = [files[i : i + cfg.batch] for i in range(0, n, cfg.batch)]
     ready = [encoder.read(batch)[0] for batch in batches]

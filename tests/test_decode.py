@@ -218,6 +218,29 @@ def test_work_follows_the_captions_still_written(method):
 # Sampling
 
 
+def test_topk_is_sampling_from_the_50_most_likely():
+    """The original system had it as a method of its own."""
+    model, embeddings = peaked(vocab_size=200), images(8)
+    for top_k in (0, 3):
+        topk = Decoding(method="topk", top_k=top_k, max_len=14)
+        same = Decoding(method="sample", top_k=top_k or 50, max_len=14)
+        assert generate(model, embeddings, IDS, topk) == generate(model, embeddings, IDS, same)
+    assert generate(model, embeddings, IDS, replace(topk, seed=1, temperature=0.5, n_best=2))
+
+
+def test_the_default_limit_holds_the_longest_caption_of_the_data():
+    """Captions were cut at 40 tokens, whatever the data had."""
+    model = peaked(block_size=100)
+    room = 100 - model.cfg.prefix_length
+    for longest, limit in ((0, 40), (30, 40), (60, 60), (500, room)):
+        cut = generate(model, images(3), IDS, Decoding(min_len=limit), longest=longest)
+        assert [(len(c.ids), len(c.logprobs), c.ended) for (c,) in cut] == [
+            (limit, limit, False)
+        ] * 3
+    ended = [c for (c,) in generate(model, images(8), IDS, Decoding()) if c.ended]
+    assert ended and all(len(c.logprobs) == len(c.ids) + 1 for c in ended)
+
+
 def test_one_seed_repeats_two_seeds_differ():
     model, embeddings, cfg = peaked(), images(8), Decoding(method="sample", n_best=2, max_len=14)
     first = generate(model, embeddings, IDS, cfg)
@@ -352,7 +375,7 @@ def test_where_only_the_end_is_left_min_len_yields():
 
 @pytest.mark.parametrize(
     "settings, says",
-    [({"method": "top_k"}, "method: expected one of greedy sample beam, got `top_k`"),
+    [({"method": "top_k"}, "method: expected one of greedy sample beam topk, got `top_k`"),
      ({"method": "beam", "beams": 0}, "beams: expected 1 <= beams <= 1000, got `0`"),
      ({"method": "sample", "top_p": 0.0}, "top_p: expected a number above 0, got `0`"),
      ({"method": "sample", "top_p": 1.5}, "top_p: expected 0 <= top_p <= 1, got `1.5`"),

@@ -395,15 +395,23 @@ def test_an_image_within_a_larger_file(tmp_path):
 
 
 def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt"):
+    """HEIC, .jfif and files without a suffix were left out without a word, and macOS's `._` files
+    were taken for images."""
+    names = ["a.png", "b.JPG", "c/x.webp", "d.jfif", "e.HEIC", "f.jpe", "noext"]
+    others = ["notes.txt", "c/x.json"]
+    hidden = [".DS_Store", "._a.png", "c/._x.webp", "__MACOSX/a.png", ".thumbnails/a.png"]
+    for name in names + others + hidden:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    images = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
-    assert [p.name for p in images] == ["a.png", "b.JPG", "c.webp", "notes.txt"]
+    images, skipped = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
+    assert images == [tmp_path / name for name in (*names, "notes.txt")]
+    text, json = tmp_path / "notes.txt", tmp_path / "c/x.json"
+    assert skipped == [f"{json}: application/json", f"{text}: text/plain"]
     with pytest.raises(UserError, match="no such file or folder"):
         find_images([str(tmp_path / "none")])
     (tmp_path / "album.jpg").mkdir()  # a folder, whatever its name
-    assert find_images([str(tmp_path)]) == images[:3]
+    assert find_images([str(tmp_path)]) == (images[:-1], skipped)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="no images in it"):
+    (tmp_path / "bare/notes.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="bare: no images in it"):
         find_images([str(tmp_path / "bare")])

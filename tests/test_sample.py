@@ -11,11 +11,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     SMALL,
     finish,
+    log_of,
     mistake,
     one_line,
     picture,
@@ -31,7 +33,7 @@ import sample
 import train
 from configurator import Config
 from data import Split
-from parts.common import UserError
+from parts.common import UserError, owning
 from sample import SampleConfig
 
 
@@ -100,6 +102,70 @@ def test_other_settings_do_not_go_on_from_anothers_captions(trained):
     assert sample.Results(Path("p.json"), {"seed": 2}).entries == []
 
 
+def test_what_another_is_writing_is_left_alone(trained):
+    """Two runs appended their captions to one file, and each deleted the other's."""
+    partial = Path("out/tiny/val/predictions.json.partial.jsonl")
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", device="cpu")
+    with owning(Path("out/tiny/val/predictions.json.lock"), ""):
+        partial.write_text("another's")
+        refusal = "^another sample.py is writing out/tiny/val/predictions.json: wait until it ends$"
+        with pytest.raises(UserError, match=refusal):
+            sample.main(cfg)
+        assert partial.read_text() == "another's"
+    with owning(Path("table.csv.lock"), ""), pytest.raises(UserError, match="writing table.csv"):
+        sample.main(replace(cfg, out_csv="table.csv"))
+    with pytest.raises(UserError, match="no split `nope`"):
+        sample.main(replace(cfg, split="nope"))
+    assert not Path("out/tiny/nope").exists()
+
+
+def test_the_checkpoint_alone_is_enough(trained, no_java, capsys):
+    """As in the original system: it captions and scores val, wherever the dataset was put."""
+    shutil.move("data/tiny", "sets")
+    train.main(Config(**SMALL | dict(data="sets", max_iters=2)))
+    scores = sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt"))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == {"split": "val", "images": 8, **scores}
+    assert Path("out/tiny/val/predictions.csv").is_file()
+
+
+def test_another_dataset_is_scored_only_if_asked(trained, no_java, capsys):
+    """A dataset was made anew under the same name, with training images among its val images."""
+    shutil.rmtree("data/tiny")
+    tiny_dataset(trained / "data/tiny", images=25)
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", device="cpu")
+    named = "was trained on another dataset: .*val_embeddings.npy.* differ: add --other_dataset"
+    with pytest.raises(UserError, match=named):
+        sample.main(cfg)
+    assert sample.main(replace(cfg, other_dataset=True))["CIDEr"] >= 0
+
+
+def test_long_captions_are_whole_or_counted(here, no_java, capsys):
+    """They were cut at 40 tokens, here and in train.py's evaluations, without a word."""
+    for split in ("train", "val"):
+        names = json.loads(Path(f"data/tiny/{split}.json").read_text())["images"]
+        rows = [f"{image['file_name']},{'dog cat ' * 30}" for image in names]
+        Path(f"{split}.csv").write_text("\n".join(["image,caption", *rows]))
+        np.save(f"{split}.npy", Split(Path("data/tiny"), split).embeddings[:])
+    np.save("rows.npy", np.concatenate([np.load("train.npy"), np.load("val.npy")])[:, 0])
+    Path("names.txt").write_text("\n".join(f"{i}.png" for i in range(32)))
+    prepare.main(Config(dataset="long", source="csv", captions="{split}.csv", vocab_size=12,
+                        embeddings="rows.npy", embedding_names="names.txt"))  # fmt: skip
+    longest = Split("data/long", "val").meta.longest_caption
+    assert longest > 60
+    train.main(
+        Config(**SMALL | dict(dataset="long", block_size=256, max_iters=60, eval_interval=60))
+    )
+    assert log_of("out/long")[-1]["ended"] == 1
+    cfg = SampleConfig(ckpt="out/long/ckpt.pt", device="cpu")
+    capsys.readouterr()
+    assert sample.main(cfg)["Bleu_4"] > 0.99
+    assert "were cut" not in capsys.readouterr().out
+    sample.main(replace(cfg, max_len=50))
+    said = "\n8 of 8 captions were cut at 50 tokens: --max_len can be up to 254\n"
+    assert said in capsys.readouterr().out
+
+
 def test_attention_maps_are_what_the_model_computes(trained):
     """Rows of the softmax: with the share that goes to the caption itself they sum to one."""
     cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", device="cpu")
@@ -144,7 +210,7 @@ def test_attention_of_a_caption_that_fills_the_block(trained):
         ),
         (["--split=val", "--prompt=" + "dog " * 50], "prompt has"),
         (["--split=nope"], "no split `nope`; it has: train, val"),
-        ([], "give either --split"),
+        (["--split=val", "--image=x.png"], "give either --split"),
         (["--image", "x.png"], "x.png"),
         (["--split=val", "--ckpt=none.pt"], "none.pt not found"),
         (["--split=val", "--max_len=999"], "max_len=999 exceeds"),
@@ -239,6 +305,46 @@ def test_images_are_captioned_as_those_of_a_split(seen, monkeypatch, capsys, no_
     sample.main(replace(cfg, clip="moved"))
     assert capsys.readouterr().out.count(".png: ") == 8
     shutil.move("moved", "clip")
+
+
+def test_a_folder_of_any_images(seen, tmp_path, monkeypatch, capsys):
+    """Images of other suffixes were left out without a word, and a/1.png and b/1.png had one name
+    in the table."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("p/a/1.png", "p/b/1.png", "p/c.jfif", "p/noext"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        picture(30, 40).save(name, "JPEG" if name.startswith("p/c") else "PNG")
+    Path("p/x.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    Path("p/notes.txt").write_text("no image")
+    cfg = SampleConfig(ckpt=str(seen / "out/tiny/ckpt.pt"), image=("p",), out_csv="p.csv",
+                       clip=str(seen / "clip"), out_json="p.json")  # fmt: skip
+    with pytest.raises(UserError, match="1 of 5 images could not be read"):
+        sample.main(cfg)
+    skipped = [s for s in capsys.readouterr().err.splitlines() if s.startswith("skipped")]
+    assert skipped[0].startswith("skipped p/x.HEIC: no image in a known format")
+    assert skipped[1:] == ["skipped p/notes.txt: text/plain"]
+
+    def names() -> list[str]:
+        return [row["file_name"] for row in csv.DictReader(Path("p.csv").read_text().splitlines())]
+
+    assert names() == ["a/1.png", "b/1.png", "c.jfif", "noext"]
+    sample.main(replace(cfg, image=("p/a", "p/b")))
+    assert names() == ["p/a/1.png", "p/b/1.png"]
+    sample.main(replace(cfg, image=("p/a/1.png",)))
+    assert names() == ["1.png"]
+
+
+def test_captions_of_an_image_that_was_replaced_are_not_resumed(seen, tmp_path, monkeypatch):
+    """It had the name, but not the content, of the one that an interrupted run had captioned."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(seen / "photos", "photos")
+    cfg = SampleConfig(ckpt=str(seen / "out/tiny/ckpt.pt"), image=("photos",),
+                       clip=str(seen / "clip"))  # fmt: skip
+    captioner = sample.Captioner(cfg)
+    before = sample.FileSource(cfg, captioner).signature()
+    assert sample.FileSource(cfg, captioner).signature() == before
+    picture(31, 20, 7).save("photos/03.png")
+    assert sample.FileSource(cfg, captioner).signature() != before
 
 
 def test_images_that_cannot_be_read_are_told_and_a_rerun_goes_on(seen, monkeypatch, tmp_path):
