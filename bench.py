@@ -9,6 +9,9 @@ turns, with minimum and maximum; ratios are taken turn by turn. The last line ha
 as JSON. Needs transformers.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import itertools
 import json
 import multiprocessing

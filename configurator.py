@@ -311,10 +311,7 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
     and the settings, and exits with 0.
     """
     if "--help" in argv or "-h" in argv:
-        try:
-            print(help_text(cls, usage), flush=True)
-        except BrokenPipeError:  # of `| head`; at its end, Python would flush once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(help_text(cls, usage))
         raise SystemExit(0)
     try:
         paths, flags = read_flags(cls, argv, positional.split())

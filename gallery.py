@@ -8,6 +8,9 @@ Any COCO result file will do. What else an entry may hold, and the page then sho
 The page with its style and script is `assets/gallery.html`; this file builds its data.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import base64
 import io
 import json
@@ -213,4 +216,4 @@ def main(cfg: GalleryConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(GalleryConfig, sys.argv[1:], __doc__, positional="predictions"))
+    run(lambda: main(configure(GalleryConfig, sys.argv[1:], __doc__, positional="predictions")))

@@ -8,6 +8,9 @@
 The last line is JSON. Scores are fractions, as the toolkit prints them (CIDEr-D is 0 to 10).
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import csv
 import functools
 import hashlib
@@ -499,4 +502,8 @@ def tokenize_chunk(chunk: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    run(main, configure(MetricsConfig, sys.argv[1:], __doc__, positional="predictions references"))
+    run(
+        lambda: main(
+            configure(MetricsConfig, sys.argv[1:], __doc__, positional="predictions references")
+        )
+    )

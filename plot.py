@@ -5,6 +5,9 @@ python plot.py out/*/log.jsonl                             # writes curves.png
 python plot.py out/a/log.jsonl out/b/log.jsonl --out=ab.png
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import os
 import sys
 from dataclasses import dataclass
@@ -84,4 +87,4 @@ def main(cfg: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(PlotConfig, sys.argv[1:], __doc__, files=False, positional="logs"))
+    run(lambda: main(configure(PlotConfig, sys.argv[1:], __doc__, files=False, positional="logs")))

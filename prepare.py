@@ -15,6 +15,9 @@ files. Images that cannot be read, and in tar shards captions that cannot be use
 listed in `data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import contextlib
 import csv
 import functools
@@ -453,4 +456,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    run(main, configure(Config, sys.argv[1:], __doc__))
+    run(lambda: main(configure(Config, sys.argv[1:], __doc__)))

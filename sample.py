@@ -9,6 +9,9 @@ scores as one line of JSON, last. Results are saved as they come: rerun the same
 an interrupted one; it ends with the same files.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import contextlib
 import csv
 import io
@@ -431,4 +434,4 @@ def write_gallery(cfg: SampleConfig, folder: Path, predictions: list[dict], titl
 
 
 if __name__ == "__main__":
-    run(main, configure(SampleConfig, sys.argv[1:], __doc__, files=False))
+    run(lambda: main(configure(SampleConfig, sys.argv[1:], __doc__, files=False)))

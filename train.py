@@ -11,6 +11,9 @@ sample.py needs; last.pt, which --resume continues; log.jsonl, every logged line
 nothing is deleted.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import contextlib
 import copy
 import math
@@ -467,4 +470,4 @@ class Evaluator:
 
 
 if __name__ == "__main__":
-    run(main, configure(Config, sys.argv[1:], __doc__))
+    run(lambda: main(configure(Config, sys.argv[1:], __doc__)))

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,14 +27,55 @@ class UserError(Exception):
         return printable(super().__str__())
 
 
-def run(main, *args):
+class Output:
+    """stdout or stderr, whose `write` and `flush` raise nothing: a run that cannot print must
+    still save. What cannot be written is dropped, and `error` says why, unless it was a reader
+    that left, as `| head` does, or a terminal that was closed.
+
+    A character that the stream cannot encode is escaped.
+    """
+
+    def __init__(self, stream):
+        # None: it was closed when the script began.
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.stream.reconfigure(errors="backslashreplace")
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args) -> None:
+        try:
+            call(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                self.error = error
+            # What the buffer still holds, and all that follows, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def run(main: Callable, *args) -> None:
     """Call `main(*args)`, as every script does.
 
-    A user's mistake, a full disk or a file that cannot be opened prints one line and exits with
-    status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its traceback.
+    A user's mistake, a full disk, a file that cannot be opened or output that was lost prints one
+    line and exits with status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its
+    traceback.
     """
+    sys.stdout, sys.stderr = out, _ = Output(sys.stdout), Output(sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # parts.start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    line, status = "", 0
     try:
-        return main(*args)
+        main(*args)
+    except SystemExit as stop:
+        status = stop.code
     except UserError as error:
         line, status = error, 1
     except KeyboardInterrupt:
@@ -43,8 +85,13 @@ def run(main, *args):
             raise  # only a write to a full disk does not name its file
         prefix = "" if error.filename is None else f"{error.filename}: "
         line, status = UserError(f"{prefix}{error.strerror}"), 1
-    print(line, file=sys.stderr)
-    raise SystemExit(status)
+    out.flush()
+    if out.error and not status:
+        line, status = f"the output was lost: {out.error.strerror}", 1
+    if line:
+        print(line, file=sys.stderr)
+    if status:
+        raise SystemExit(status)
 
 
 # ---------------------------------------------------------------------------------------------

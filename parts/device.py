@@ -211,6 +211,9 @@ def computes_in_bfloat16(device_type: str) -> bool:
 class Signals:
     """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
+    So does SIGHUP, of a terminal or connection that is lost, however often: the shell sends one,
+    and the system another. nohup has it ignored.
+
     A scheduler may signal torchrun and its processes, and torchrun passes its own on to them:
     what comes within `echo` seconds of the first is the same signal.
     """
@@ -221,6 +224,11 @@ class Signals:
         self.echo = echo
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.hang_up)
+
+    def hang_up(self, number, frame) -> None:
+        self.asked = True
 
     def ask(self, number, frame) -> None:
         now = time.monotonic()

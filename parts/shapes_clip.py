@@ -6,6 +6,9 @@
 LOG.md says which settings made the CLIP in assets/, and how long each fact takes to be learned.
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
+
 import copy
 import json
 import math
@@ -350,4 +353,4 @@ def main(cfg: ShapesConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(ShapesConfig, sys.argv[1:], __doc__, files=False))
+    run(lambda: main(configure(ShapesConfig, sys.argv[1:], __doc__, files=False)))

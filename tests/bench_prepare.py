@@ -116,4 +116,4 @@ def main(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(Bench, sys.argv[1:], __doc__, files=False))
+    run(lambda: main(configure(Bench, sys.argv[1:], __doc__, files=False)))

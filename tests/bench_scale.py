@@ -122,4 +122,4 @@ def main(cfg: ScaleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(ScaleConfig, sys.argv[1:], __doc__, files=False))
+    run(lambda: main(configure(ScaleConfig, sys.argv[1:], __doc__, files=False)))

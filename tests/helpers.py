@@ -261,7 +261,8 @@ def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:
     """The exit status, stdout and stderr of a script that is run in this very process."""
     capfd.readouterr()
     status, argv = 0, sys.argv
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    streams = sys.stdout, sys.stderr
     sys.argv = [str(ROOT / script), *args]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -275,6 +276,7 @@ def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:
         status = -1
     finally:
         sys.argv = argv
+        sys.stdout, sys.stderr = streams
         for number, handler in handlers:
             signal.signal(number, handler)
     return status, *capfd.readouterr()

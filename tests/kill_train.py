@@ -25,7 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from helpers import descendants, finish, flags, losses, start, tiny_dataset, wait  # noqa: E402
 
-from configurator import configure, run  # noqa: E402
+from configurator import configure  # noqa: E402
+from parts.common import run  # noqa: E402
 
 MOMENTS = ("a step", "a save", "a step", "a save", "the start")
 
@@ -121,4 +122,4 @@ def main(cfg: KillConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, configure(KillConfig, sys.argv[1:], __doc__, files=False))
+    run(lambda: main(configure(KillConfig, sys.argv[1:], __doc__, files=False)))

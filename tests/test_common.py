@@ -1,13 +1,16 @@
-"""parts/common.py: who may write a file or folder."""
+"""parts/common.py and parts/start.py: who may write a folder, and output that nobody reads."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, start, wait
+from helpers import ROOT, SMALL, start, tiny_dataset, wait, weights
 
-from parts.common import UserError, owning
+import train
+from configurator import Config
+from parts.common import UserError, owning, run
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +86,107 @@ def test_a_file_system_without_locks_is_used_without_them(monkeypatch):
     with owning(Path("out/lock"), ""):
         Path("out/file").touch()
     assert os.listdir("out") == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Printing
+
+
+@pytest.fixture
+def run_to(monkeypatch, capsys):
+    """A call that runs `main` with its stdout in a stream. Returns exit status and stderr."""
+
+    def call(stream, main) -> tuple[int, str]:
+        status = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", sys.stderr)  # both are put back
+            try:
+                run(main)
+            except SystemExit as stop:
+                status = stop.code
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+def closed_terminal():
+    keyboard, screen = os.openpty()
+    os.close(keyboard)
+    return os.fdopen(screen, "w", buffering=1)
+
+
+def full_disk():
+    return open("/dev/full", "w", buffering=1)
+
+
+LOST = "the output was lost: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "make, outcome",
+    [(closed_pipe, (0, "")), (closed_terminal, (0, "")), (lambda: None, (0, "")),
+     (full_disk, (1, LOST))],
+    ids=["closed pipe", "closed terminal", "no stdout", "full disk"],
+)  # fmt: skip
+def test_a_run_whose_output_is_lost_is_saved(run_to, make, outcome):
+    """A lost connection, `| head` or a full disk under `> log.txt` ended training unsaved."""
+    tiny_dataset(Path("data/tiny"))
+    assert run_to(make(), lambda: train.main(Config(**SMALL))) == outcome
+    assert weights("out/tiny/last.pt").keys() == weights("out/tiny/ckpt.pt").keys()
+
+
+def test_what_is_printed_last_may_be_lost_too(run_to):
+    """It waits in a buffer until Python ends, where an error is a traceback."""
+    for code, text in ((0, LOST), (75, "")):
+        stream = open("/dev/full", "w")  # noqa: SIM115
+
+        def main(code=code):
+            print("text")
+            raise SystemExit(code)
+
+        assert run_to(stream, main) == (code or 1, text)
+
+
+def test_what_a_stream_cannot_encode_is_escaped(run_to):
+    with open("log.txt", "w", encoding="ascii") as stream:
+        assert run_to(stream, lambda: print("caf\xe9 \u27f5 \udcff")) == (0, "")
+    assert Path("log.txt").read_text() == "caf\\xe9 \\u27f5 \\udcff\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+def test_ctrl_c_during_the_imports_is_silent():
+    """It was a traceback of up to forty lines."""
+    code = "import parts.start, signal; signal.raise_signal(signal.SIGINT); print('alive')"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = start("-c", code, env=env)
+    assert wait(process) == ("", "") and process.returncode == -signal.SIGINT
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    assert wait(start("-c", ignored + code, env=env)) == ("alive\n", "")
+
+
+def test_every_script_starts_with_it():
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("parts/*.py")):
+        text = path.read_text()
+        if "\nif __name__ ==" in text:
+            imports = [line for line in text.splitlines() if line.lstrip().startswith("import ")]
+            assert imports[0].startswith("    import parts.start  # noqa"), path
+
+
+def test_ctrl_c_after_the_imports_is_one_line(run_to, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert run_to(sys.stdout, lambda: signal.raise_signal(signal.SIGINT)) == (
+            130, "interrupted\n"
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)

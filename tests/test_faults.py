@@ -1,5 +1,6 @@
 """What goes wrong around a run: full disks, read-only folders, signals, any arguments at all."""
 
+import functools
 import itertools
 import json
 import os
@@ -229,18 +230,18 @@ def test_a_signal_during_evaluation_or_a_save(here, capfd, monkeypatch, when):
     train.main(Config(**SMALL | dict(out_dir="whole")))
     save, generate = checkpoint.save, train.generate
 
-    def signalled(call, *args):
+    def signalled(call, *args, **options):
         monkeypatch.undo()
         monkeypatch.chdir(here)
         os.kill(os.getpid(), signal.SIGTERM)
-        return call(*args)
+        return call(*args, **options)
 
     import decode
 
     if when == "save":
         monkeypatch.setattr(checkpoint, "save", lambda *args: signalled(save, *args))
     else:
-        monkeypatch.setattr(decode, "generate", lambda *args: signalled(generate, *args))
+        monkeypatch.setattr(decode, "generate", functools.partial(signalled, generate))
     args = flags(out_dir="parts")
     status, out, _ = outcome("train.py", args, capfd)
     step = 6 if when == "evaluation" else 7
@@ -266,6 +267,31 @@ def test_a_second_signal_ends_it_at_once(here, capfd, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
     assert outcome("train.py", flags(), capfd)[0] == 128 + signal.SIGINT
     assert checkpoint.load("out/tiny/last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_lost_connection_saves_unless_it_is_ignored(here, monkeypatch, nohup):
+    """SIGHUP, of which a closed terminal sends two, ended training unsaved."""
+    update = train.Training.update
+
+    def hung_up(self, *args):
+        if self.progress.step == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGHUP)
+        return update(self, *args)
+
+    monkeypatch.setattr(train.Training, "update", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        if nohup:
+            train.main(Config(**SMALL))
+        else:
+            with pytest.raises(SystemExit) as stop:
+                train.main(Config(**SMALL))
+            assert stop.value.code == train.PREEMPTED
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint.load("out/tiny/last.pt")["step"] == (12 if nohup else 3)
 
 
 def test_a_signal_to_torchrun_and_to_its_processes_is_one_signal(here):
