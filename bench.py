@@ -11,7 +11,6 @@ as JSON. Needs transformers.
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import itertools
 import json
 import multiprocessing

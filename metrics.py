@@ -10,7 +10,6 @@ The last line is JSON. Scores are fractions, as the toolkit prints them (CIDEr-D
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import csv
 import functools
 import hashlib
@@ -502,8 +501,5 @@ def tokenize_chunk(chunk: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    run(
-        lambda: main(
-            configure(MetricsConfig, sys.argv[1:], __doc__, positional="predictions references")
-        )
-    )
+    words = {"positional": "predictions references"}
+    run(lambda: main(configure(MetricsConfig, sys.argv[1:], __doc__, **words)))

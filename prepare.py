@@ -17,7 +17,6 @@ listed in `data/<dataset>/skipped.csv`; prepare.py stops if they are more than `
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import contextlib
 import csv
 import functools

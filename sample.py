@@ -11,7 +11,6 @@ an interrupted one; it ends with the same files.
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import contextlib
 import csv
 import io
@@ -125,7 +124,10 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
         f"{len(predictions)} images, {new / seconds:.1f} captions/s, {cfg.method} on "
         f"{captioner.device.torch_device}"
     )
-    captioner.report_cut(predictions)
+    if cut := sum(p.get("cut", False) for p in predictions):
+        print(
+            f"{cut} of {len(predictions)} captions were cut at their longest length: see --max_len"
+        )
     if scores:
         print(json.dumps({"split": cfg.split, "images": len(predictions), **scores}))
     if skipped:
@@ -222,17 +224,6 @@ class Captioner:
             entry["grid"] = math.isqrt(self.meta.n_positions) if self.model.cfg.is_grid else 0
         return entry
 
-    def report_cut(self, predictions: list[dict]) -> None:
-        """Say how many captions reached the longest length before they ended."""
-        cut = [len(p["tokens"]) for p in predictions if p.get("cut")]
-        if not cut:
-            return
-        room = self.model.cfg.block_size - self.model.cfg.prefix_length
-        print(
-            f"{len(cut)} of {len(predictions)} captions were cut at {max(cut)} tokens: "
-            f"--max_len can be up to {room}"
-        )
-
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
         """Return, for each caption's tokens, the weights of the P prefix positions."""
         longest = max(1, *map(len, captions))
@@ -292,14 +283,13 @@ class FileSource:
 
         self.cfg, meta = cfg, captioner.meta
         files, self.others = find_images(cfg.image)
-        first = Path(cfg.image[0])
-        folder = first if first.is_dir() else first.parent
-        self.items = []
-        for number, path in enumerate(files):
-            # Below the one folder that was given, or as they were given: no two are the same.
-            name = path.relative_to(folder) if len(cfg.image) == 1 else path
-            item = {"number": number, "image_id": number, "file_name": str(name)}
-            self.items.append(item | {"path": str(path), "references": []})
+        # Names below the one folder that was given, or as given: no two images have the same.
+        folder = f"{Path(cfg.image[0])}/" if len(cfg.image) == 1 else ""
+        self.items = [
+            {"number": i, "image_id": i, "file_name": path.removeprefix(folder), "path": path,
+             "references": []}
+            for i, path in enumerate(map(str, files))
+        ]  # fmt: skip
         if not meta.encoder:
             raise UserError(
                 f"{cfg.ckpt} was trained on embeddings of your own, which no encoder here can "
@@ -317,12 +307,10 @@ class FileSource:
             )
 
     def signature(self) -> dict:
-        files = []
-        for item in self.items:
-            path = Path(item["path"])
-            stat = path.stat() if path.exists() else None
-            files.append([str(path), stat and [stat.st_size, stat.st_mtime_ns]])
-        return {"encoder": self.encoder.digest(), "images": files}
+        paths = [item["path"] for item in self.items]
+        stats = [os.stat(path) for path in paths if os.path.exists(path)]
+        made = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return {"encoder": self.encoder.digest(), "images": paths, "made": made}
 
     def embeddings(self, batches: list[list[dict]]) -> Iterator[tuple[torch.Tensor, dict]]:
         """Yield the embeddings of each batch, and the reason for each file that has none."""

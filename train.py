@@ -13,7 +13,6 @@ nothing is deleted.
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import contextlib
 import copy
 import math

@@ -28,11 +28,10 @@ class UserError(Exception):
 
 
 class Output:
-    """stdout or stderr, whose `write` and `flush` raise nothing: a run that cannot print must
-    still save. What cannot be written is dropped, and `error` says why, unless it was a reader
-    that left, as `| head` does, or a terminal that was closed.
+    """stdout or stderr, but printing raises nothing: a run that cannot print must still save.
 
-    A character that the stream cannot encode is escaped.
+    What cannot be written is dropped, and `error` says why, unless a reader left, as `| head`
+    does, or a terminal was closed. What cannot be encoded is escaped.
     """
 
     def __init__(self, stream):
@@ -153,11 +152,6 @@ def owning(path: Path, what: str) -> Iterator[None]:
     The system frees it when the process ends, even by a kill. Folders that are made for it are
     removed again if they stay empty. Raise UserError, with `what` the other does, if it is held.
     """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
     made = [folder for folder in path.parents if not folder.exists()]
     with naming(path.parent, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,13 +159,15 @@ def owning(path: Path, what: str) -> Iterator[None]:
     with file:
         os.set_inheritable(file.fileno(), True)  # a child with close_fds=False holds it as well
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = not os.path.samefile(path, file.fileno())  # its owner has just removed it
+            is_mine = os.path.samefile(path, file.fileno())  # its owner may just have removed it
         except (BlockingIOError, FileNotFoundError):
-            is_held = True
-        except OSError:  # a file system without locks
-            is_held = False
-        if is_held:
+            is_mine = False
+        except (ImportError, OSError):  # not a POSIX system, or a file system without locks
+            is_mine = True
+        if not is_mine:
             raise UserError(f"another {what}: wait until it ends")
         try:
             yield

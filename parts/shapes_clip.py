@@ -8,7 +8,6 @@ LOG.md says which settings made the CLIP in assets/, and how long each fact take
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-
 import copy
 import json
 import math
