@@ -97,6 +97,7 @@ def main(cfg: SampleConfig) -> dict:
 
 def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
     """Do what `main` does, when it owns the output files."""
+    tracker = Tracker(cfg.track, {}, Path(cfg.ckpt).parent, "", resume=True)
     captioner = Captioner(cfg)
     source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
     results = Results(out, captioner.signature() | source.signature())
@@ -118,7 +119,7 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
     results.finish()
     if cfg.gallery and predictions:
         title = f"{captioner.meta.dataset} {cfg.split}".strip()
-        write_gallery(cfg, (out or Path("predictions.json")).parent, predictions, title)
+        write_gallery((out or Path("predictions.json")).parent, predictions, title, tracker)
     new = sum("skipped" not in entry for entry in results.entries[first:])
     print(
         f"{len(predictions)} images, {new / seconds:.1f} captions/s, {cfg.method} on "
@@ -411,12 +412,11 @@ def as_csv(predictions: list[dict]) -> str:
     return text.getvalue().encode("utf-8", "backslashreplace").decode()
 
 
-def write_gallery(cfg: SampleConfig, folder: Path, predictions: list[dict], title: str) -> None:
+def write_gallery(folder: Path, predictions: list[dict], title: str, tracker: Tracker) -> None:
     """Write gallery.html, and add it to the tracked run of the checkpoint."""
     page = folder / "gallery.html"
     missing = gallery.write(predictions, page, title=title)
     print(f"wrote {page}" + (f", {len(missing)} images not found" if missing else ""))
-    tracker = Tracker(cfg.track, {}, Path(cfg.ckpt).parent, "", resume=True)
     tracker.artifact(page)
     tracker.close()
 

@@ -35,6 +35,7 @@ from parts.checkpoint import Progress
 from parts.common import UserError, prefetch, run
 from parts.device import Device, Signals, keep_freed_memory
 from parts.log import Log
+from parts.tracking import Tracker
 
 PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --resume
 
@@ -178,9 +179,11 @@ class Training:
         # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
         #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
         self.wrapped = device.wrap(self.model, cfg.compile)
+        kind = cfg.track if device.is_first else "none"
+        tracker = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, resumes)
         if device.is_first and not resumes:
             checkpoint.move_earlier_run(cfg.run_dir)
-        self.log = Log(cfg, device, self.model, self.progress.step)
+        self.log = Log(cfg, device, self.model, self.progress.step, tracker)
         self.introduce()
 
     def update(

@@ -140,7 +140,7 @@ class Device:
 
     # -- speed --------------------------------------------------------------------------------
 
-    def matmul_rate(self) -> float:
+    def matmul_rate(self, tries: int = 8) -> float:
         """Return the FLOP/s of a large matrix product here and now, in this precision.
 
         Matrices grow until a product takes 10 ms, or to the size at which every device is at its
@@ -150,7 +150,7 @@ class Device:
         while seconds < 0.01 and n < (8192 if self.type == "cuda" else 1024):
             n *= 2
             seconds = self.matmul_seconds(n)
-        return 2 * n**3 / min(self.matmul_seconds(n) for _ in range(8))
+        return 2 * n**3 / min(self.matmul_seconds(n) for _ in range(tries))
 
     def matmul_seconds(self, n: int) -> float:
         """Return the seconds that a product of two (n, n) matrices takes."""

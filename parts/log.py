@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import asdict
 
 from tqdm import tqdm
 
@@ -13,19 +12,15 @@ from parts.tracking import Tracker
 class Log:
     """The progress bar, log.jsonl and the tracker; silent on every rank but the first."""
 
-    def __init__(self, cfg, device, model, step: int):
-        self.device, self.model = device, model
-        self.peak = device.matmul_rate() * device.world  # FLOP/s
+    def __init__(self, cfg, device, model, step: int, tracker: Tracker):
+        self.device, self.model, self.tracker = device, model, tracker
+        self.peak = device.matmul_rate() * device.world  # FLOP/s, the most that was measured
         # None: a bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step",
                         disable=None if device.is_first else True)  # fmt: skip
         self.path = cfg.run_dir / "log.jsonl"
         if device.is_first:
             write_text(self.path, lines_until(self.path, step))
-        self.tracker = Tracker(
-            cfg.track if device.is_first else "none", asdict(cfg), cfg.run_dir, cfg.run_dir.name,
-            resume=step > 0,
-        )  # fmt: skip
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -47,6 +42,7 @@ class Log:
         """Log a step's figures, and the speed since the last line."""
         seconds = time.perf_counter() - self.begin
         flops = training_flops(self.model, self.counts["images"], self.counts["targets"])
+        self.peak = max(self.peak, flops / seconds)  # the machine was busy when it was measured
         row = {
             "step": step,
             "loss": loss,
@@ -71,7 +67,8 @@ class Log:
         self.restart_clock()
 
     def evaluation(self, step: int, scores: dict, samples: list[str]) -> None:
-        """Log an evaluation's figures and print its samples."""
+        """Log an evaluation's figures and print its samples. Measure the peak once more."""
+        self.peak = max(self.peak, self.device.matmul_rate(2) * self.device.world)
         self.write({"step": step, **scores, "samples": samples})
         figures = " · ".join(f"{name} {value:.4f}" for name, value in scores.items())
         for line in (f"step {step}: {figures}", *samples):

@@ -5,8 +5,9 @@
     mlflow ui                                              # then open http://127.0.0.1:5000
 
 MLFLOW_TRACKING_URI says where runs go; the default is MLflow's own, `mlflow.db` in the working
-directory. Training never fails because of tracking. A run that cannot be started is not tracked,
-and metrics that cannot be sent wait until the next evaluation; one line on stderr says so.
+directory. Training never fails because of tracking, though it does not start if its experiment or
+run was deleted. A run that cannot be started is not tracked, and metrics that cannot be sent wait
+until the next evaluation; one line on stderr says so.
 """
 
 import os
@@ -22,7 +23,8 @@ class Tracker:
 
     `kind` is "mlflow", or "none" for a tracker that does nothing, as in all processes but the
     first. The settings become parameters. The run's id is kept in `run_dir`, so that `resume`
-    continues the same run. Raise UserError if MLflow is not installed.
+    continues the same run. Raise UserError if MLflow is not installed, or the
+    run was deleted there.
     """
 
     def __init__(self, kind: str, settings: dict, run_dir: Path, name: str, resume: bool = False):
@@ -49,9 +51,19 @@ class Tracker:
         self.client = self.mlflow.MlflowClient()
         if resume and id_file.is_file():
             run_id = id_file.read_text(encoding="utf-8").strip()
+            if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+                restore = f"restore it (mlflow runs restore --run-id {run_id}), or delete {id_file}"
+                raise UserError(f"tracking: this run was deleted in MLflow: {restore}")
             self.client.update_run(run_id, "RUNNING")
         else:
             title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
+            known = self.client.get_experiment_by_name(title)
+            if known and known.lifecycle_stage == "deleted":
+                restore = f"restore it (mlflow experiments restore -x {known.experiment_id})"
+                choose = "choose another name with MLFLOW_EXPERIMENT_NAME"
+                raise UserError(
+                    f"tracking: experiment {title} was deleted in MLflow: {restore}, or {choose}"
+                )
             experiment = self.mlflow.set_experiment(title).experiment_id
             run_id = self.client.create_run(experiment, run_name=name).info.run_id
             params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]

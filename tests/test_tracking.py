@@ -91,6 +91,26 @@ def test_a_run_is_read_back_and_an_unreachable_server_stops_nothing(
 
 
 @needs_mlflow
+def test_what_was_deleted_in_mlflow_is_told_before_training(store, tmp_path, monkeypatch):
+    """A whole run went untracked, and the one line said not what to do."""
+    from mlflow import MlflowClient
+
+    Tracker("mlflow", {}, tmp_path / "out", "run").close()
+    run_id = (tmp_path / "out/mlflow_run").read_text().strip()
+    client = MlflowClient()
+    client.delete_run(run_id)
+    with pytest.raises(UserError, match=f"deleted in MLflow: restore it .*{run_id}.*mlflow_run$"):
+        Tracker("mlflow", {}, tmp_path / "out", "run", resume=True)
+    client.delete_experiment(client.get_experiment_by_name("nanocaption").experiment_id)
+    with pytest.raises(
+        UserError, match="nanocaption was deleted .*name with MLFLOW_EXPERIMENT_NAM"
+    ):
+        Tracker("mlflow", {}, tmp_path / "out", "run")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    Tracker("mlflow", {}, tmp_path / "out", "run").close()
+
+
+@needs_mlflow
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nothing://x"])
 def test_a_run_that_cannot_be_started_is_one_line_and_training_continues(
     tmp_path, monkeypatch, capsys, uri

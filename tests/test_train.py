@@ -163,7 +163,7 @@ def test_sigterm_saves_and_the_run_resumes_as_if_nothing_was(here, capfd, proces
 
 def test_what_may_change_on_resume_is_noted_and_takes_effect(here, capfd, monkeypatch):
     """Once the optimizer's settings stayed the old run's, and ema or float16, when new, crashed."""
-    monkeypatch.setattr(Device, "matmul_rate", lambda self: 1e9)  # float16 takes a CPU seconds
+    monkeypatch.setattr(Device, "matmul_rate", lambda *_: 1e9)  # float16 takes a CPU seconds
     train.main(Config(**SMALL))
     args = dict(weight_decay=0.5, beta2=0.5, dropout=0.2, ema=0.9, dtype="float16")
     train.main(Config(**SMALL | args | dict(resume=True, max_iters=18)))
@@ -305,6 +305,16 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_it(here, monkeypatc
     monkeypatch.setattr(train, "loss_sum", lambda m, b, s=0.0: plain(m, b, s) * math.nan)
     with pytest.raises(UserError, match="not finite 20 times in a row.*last.pt"):
         train.main(Config(**SMALL | dict(max_iters=40, eval_interval=40)))
+
+
+def test_mfu_is_at_most_one(here, monkeypatch):
+    """It was shown as 124 % when the machine was busy while its peak was measured."""
+    rates = iter([1.0, 1e12, 1.0])  # at the start, and at each evaluation
+    monkeypatch.setattr(Device, "matmul_rate", lambda *_: next(rates))
+    train.main(Config(**SMALL))
+    mfu = [row["mfu"] for row in log_of("out/tiny") if "mfu" in row]
+    assert mfu[0] == 1 and max(mfu[:6]) == 1
+    assert all(0 < figure < 0.5 for figure in mfu[6:])
 
 
 def test_the_learning_rate_warms_up_and_decays():
