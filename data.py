@@ -233,38 +233,51 @@ class Split:
         out[order] = self.embeddings[images[order]]
         return torch.from_numpy(out)
 
+    def caption_tokens(self, image: int) -> np.ndarray:
+        """Return the tokens of an image's captions: bos caption bos caption ..."""
+        return self.tokens[self.image_start[image] : self.image_start[image + 1]]
+
     def pack(self, images: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the images' embeddings and packed captions, as `ClipLM.forward` takes them.
 
-        A row is one image with all its captions, [bos caption 1 | bos caption 2 | ... | padding].
-
-        Returns embeddings (B, n_positions, D) float16; tokens, segments and positions (B, S)
-        int64, with S the longest row; targets_at and targets (M,) int64: the indices of the real
-        tokens among the B * S, and the id that follows each (eos after a caption's last).
+        A row is one image with all its captions. Returns embeddings (B, n_positions, D) float16,
+        and what `pack_rows` returns.
         """
-        bos, eos = self.tokenizer.bos, self.tokenizer.eos
-        lengths = self.lengths[images]
-        S = int(lengths.max())
-        index = np.arange(S)
-        is_real = index < lengths[:, None]  # (B, S)
-        ends = zip(self.image_start[images], self.image_start[images + 1], strict=True)
-        flat = np.concatenate([self.tokens[begin:end] for begin, end in ends])  # (M,)
-        tokens = np.full(is_real.shape, self.tokenizer.pad, np.int64)
-        tokens[is_real] = flat
-        is_bos = tokens == bos
-        caption_begin = np.maximum.accumulate(is_bos * index, axis=1)  # (B, S): the latest bos
-        # A token followed by a bos ends its caption, so its target is eos.
-        targets = np.append(flat[1:], bos).astype(np.int64)
-        targets[targets == bos] = eos
-        arrays = {
-            "tokens": tokens,
-            "segments": np.where(is_real, is_bos.cumsum(axis=1), S + 1),
-            "positions": np.where(is_real, index - caption_begin, 0),
-            "targets_at": np.flatnonzero(is_real),
-            "targets": targets,
-        }
-        packed = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tokens = np.concatenate([self.caption_tokens(image) for image in images])  # (M,)
+        packed = pack_rows(tokens, self.lengths[images], self.tokenizer)
         return {"embeddings": self.embedding(images), **packed}
+
+
+def pack_rows(flat: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> dict:
+    """Return packed rows: [bos caption 1 | bos caption 2 | ... | padding], one per image.
+
+    Args:
+        flat: (M,) the ids of all rows, bos caption bos caption ..., end to end.
+        lengths: (B,) how many of them each row has.
+
+    Returns tokens, segments and positions (B, S) int64, with S the longest row; targets_at and
+    targets (M,) int64: the indices of the real tokens among the B * S, and the id that follows
+    each (eos after a caption's last).
+    """
+    bos, eos = tokenizer.bos, tokenizer.eos
+    S = int(lengths.max())
+    index = np.arange(S)
+    is_real = index < lengths[:, None]  # (B, S)
+    tokens = np.full(is_real.shape, tokenizer.pad, np.int64)
+    tokens[is_real] = flat
+    is_bos = tokens == bos
+    caption_begin = np.maximum.accumulate(is_bos * index, axis=1)  # (B, S): the latest bos
+    # A token followed by a bos ends its caption, so its target is eos.
+    targets = np.append(flat[1:], bos).astype(np.int64)
+    targets[targets == bos] = eos
+    arrays = {
+        "tokens": tokens,
+        "segments": np.where(is_real, is_bos.cumsum(axis=1), S + 1),
+        "positions": np.where(is_real, index - caption_begin, 0),
+        "targets_at": np.flatnonzero(is_real),
+        "targets": targets,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 # ---------------------------------------------------------------------------------------------
