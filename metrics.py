@@ -177,16 +177,20 @@ class CiderD:
         squares = [np.bincount(row, (tf * idf) ** 2, n_images * 4) for tf in self.tf[:-1].T]
         self.norms = np.sqrt(squares).reshape(most, n_images, 4).transpose(1, 0, 2)
 
-    def score(self, images: Sequence[int], captions: Sequence[str]) -> np.ndarray:
+    def score(
+        self, images: Sequence[int], captions: Sequence[str], ended: Sequence[bool] | None = None
+    ) -> np.ndarray:
         """Return CIDEr-D of each caption, (captions,), from 0 to 10.
 
-        images[i] is an index into the references: the image that captions[i] describes.
+        images[i] is an index into the references: the image that captions[i] describes. ended[i]
+        tells whether captions[i] has an end to count, or was cut off; by default, all have.
         """
         images = np.asarray(images, np.int64)
         n = len(captions)
         if len(images) != n:
             raise ValueError(f"CIDEr-D: {n} captions, {len(images)} images: give as many of each")
-        words = [[*self.tokenize(caption), *self.end] for caption in captions]
+        ends = [self.end] * n if ended is None else [self.end if end else [] for end in ended]
+        words = [[*self.tokenize(c), *end] for c, end in zip(captions, ends, strict=True)]
         caption, order, gram = ngram_keys(words)
         pairs = gram * MULTIPLIER + caption.astype(np.uint64)
         _, first, tf = np.unique(pairs, return_index=True, return_counts=True)

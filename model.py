@@ -54,8 +54,7 @@ class ModelConfig:
         return self.features == "grid"
 
     @property
-    def prefix_length(self) -> int:
-        """P."""
+    def prefix_length(self) -> int:  # P
         return self.n_positions if self.is_grid else self.n_prefix
 
 
@@ -215,8 +214,7 @@ class ClipLM(nn.Module):
 
     def embed_prefix(self, embeddings: Tensor) -> Tensor:
         """Return the prefix as the decoder reads it: projected, with positions 0 to P - 1."""
-        x = self.project(embeddings)
-        return x + self.transformer.wpe.weight[: x.size(1)]
+        return self.project(embeddings) + self.transformer.wpe.weight[: self.cfg.prefix_length]
 
     # -- training: packed rows ----------------------------------------------------------------
 
@@ -312,9 +310,11 @@ class ClipLM(nn.Module):
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy, in nats, summed over the targets of packed rows."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+    """Return the cross-entropy, in nats, summed over the targets of packed rows, or the weighted
+    sum if the batch has `weights` (M,)."""
+    inputs = {name: x for name, x in batch.items() if name not in ("targets", "weights")}
     logits = model(**inputs).float()  # (M, V)
-    return F.cross_entropy(
-        logits, batch["targets"], reduction="sum", label_smoothing=label_smoothing
-    )
+    options = {"target": batch["targets"], "label_smoothing": label_smoothing}
+    if "weights" not in batch:
+        return F.cross_entropy(logits, reduction="sum", **options)
+    return F.cross_entropy(logits, reduction="none", **options) @ batch["weights"]
