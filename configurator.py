@@ -80,6 +80,12 @@ class Config:
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     ema: float = 0.0  # decay of the moving average of the weights, 0 = off
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
+    # -- self-critical training -----------------------------------------------------------
+    objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
+    init_from: str = ""  # checkpoint whose weights training begins with
+    from_scratch: bool = False  # scst without init_from, from random weights
+    scst_samples: int = 5  # captions sampled of each image
+    scst_references: float = 0.0  # scst: weight of the references' cross-entropy beside the reward
     # -- evaluation -----------------------------------------------------------------------
     eval_interval: int = 500  # steps between evaluations
     eval_images: int = 500  # val images captioned greedily and scored by CIDEr, 0 = all
@@ -100,12 +106,14 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out_dir or f"out/{self.dataset}")
+        suffix = "_scst" if self.objective == "scst" else ""
+        return Path(self.out_dir or f"out/{self.dataset}{suffix}")
 
     def __post_init__(self):
         one_of(self, "source", "shapes karpathy coco flickr csv jsonl shards")
         one_of(self, "features", "pooled grid")
         one_of(self, "mapper", "linear mlp")
+        one_of(self, "objective", "xe scst")
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
         within(self, "n_layer n_head n_embd n_prefix block_size vocab_size", 1, 10**6)
@@ -113,6 +121,8 @@ class Config:
         within(self, "gradient_accumulation_steps max_iters eval_interval log_interval", 1)
         within(self, "warmup_iters lr_decay_iters val_images eval_images samples", 0)
         within(self, "grid workers learning_rate min_lr weight_decay grad_clip embedding_noise", 0)
+        within(self, "scst_samples", 2, 1000)
+        within(self, "scst_references", 0)
         within(self, "seed", 0, 2**32 - 1)
         within(self, "max_bad", 0, 1)
         within(self, "dropout beta1 beta2 label_smoothing ema", 0, below=1)
@@ -127,6 +137,9 @@ class Config:
             refuse("batch_size", f"a multiple of {steps}", self.batch_size)
         if self.embeddings and not self.embedding_names:
             refuse("embedding_names", "a file with a name for each row of embeddings", "")
+        if self.objective == "scst" and not (self.init_from or self.from_scratch):
+            expected = "a checkpoint to begin with (or --from_scratch) with objective=scst"
+            refuse("init_from", expected, self.init_from)
         if self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
         if self.features == "pooled" and self.n_prefix >= self.block_size:

@@ -18,8 +18,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from parts.common import UserError, prefetch, run
 from parts.device import Device, Signals, keep_freed_memory
 from parts.log import Log
 from parts.tracking import Tracker
+from selfcritical import SelfCritical
 
 PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --resume
 
@@ -65,8 +66,7 @@ def train(cfg: Config, device: Device) -> dict | None:
     training = Training(cfg, device)
     progress, log = training.progress, training.log
     steps = range(progress.step, cfg.max_iters)
-    stream = batches(training.split, training.order, steps, device.rank, device.world,
-                     cfg.gradient_accumulation_steps)  # fmt: skip
+    stream = training.batches(steps)
     while True:
         # -- evaluate and save. After a signal there may be no time to evaluate: save at once. The
         #    resumed run begins with the evaluation that is due.
@@ -119,10 +119,13 @@ def learning_rate(step: int, cfg: Config) -> float:
     """Return the learning rate of a step, counted from 0.
 
     Linear warmup, then half a cosine from learning_rate down to min_lr (Loshchilov & Hutter 2017,
-    arXiv:1608.03983), which is kept from lr_decay_iters on.
+    arXiv:1608.03983), which is kept from lr_decay_iters on. Self-critical training keeps
+    learning_rate instead, unless lr_decay_iters is set.
     """
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    if cfg.objective == "scst" and not cfg.lr_decay_iters:
+        return cfg.learning_rate
     end = cfg.lr_decay_iters or cfg.max_iters
     decayed = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
     cosine = 0.5 * (1 + math.cos(math.pi * decayed))
@@ -142,6 +145,8 @@ class Training:
     """
 
     def __init__(self, cfg: Config, device: Device):
+        if cfg.objective == "scst":  # samples and gradient must be of one and the same function
+            cfg = replace(cfg, dropout=0.0, label_smoothing=0.0, embedding_noise=0.0)
         self.cfg, self.device = cfg, device
         # Scheduler and torchrun may both send a signal: within 5 seconds they count as one.
         self.signals = Signals(echo=5.0 if device.world > 1 else 0.0)
@@ -170,6 +175,8 @@ class Training:
         resumes = cfg.resume and self.last_path.is_file()
         if resumes:
             averaged = self.resume()
+        elif cfg.init_from:
+            self.start_from(cfg.init_from)
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device)
         if len(set(device.gather(self.progress.step))) > 1:
@@ -179,12 +186,22 @@ class Training:
         # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
         #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
         self.wrapped = device.wrap(self.model, cfg.compile)
+        self.self_critical = None
+        if cfg.objective == "scst":
+            self.self_critical = SelfCritical(self.model, self.split, cfg, device)
         kind = cfg.track if device.is_first else "none"
         tracker = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, resumes)
         if device.is_first and not resumes:
             checkpoint.move_earlier_run(cfg.run_dir)
         self.log = Log(cfg, device, self.model, self.progress.step, tracker)
         self.introduce()
+
+    def batches(self, steps: range) -> Iterator[tuple[list[dict], dict]]:
+        """Yield each step's micro-batches and counts: of the references, or of sampled captions."""
+        if self.self_critical:
+            return self.self_critical.batches(self.order, steps)
+        return batches(self.split, self.order, steps, self.device.rank, self.device.world,
+                       self.cfg.gradient_accumulation_steps)  # fmt: skip
 
     def update(
         self, micro_batches: list[dict], counts: dict, lr: float
@@ -277,9 +294,12 @@ class Training:
         """
         state = checkpoint.load(self.last_path)
         before = Meta.from_dict(state["meta"], f"{self.last_path}: meta")
-        checkpoint.refuse_other_run(
-            state, self.last_path, asdict(self.model.cfg), self.split.meta.changed_files(before)
-        )
+        if "optimizer" not in state:
+            raise UserError(f"{self.last_path} holds no optimizer: only a last.pt can be resumed")
+        checkpoint.refuse_other(
+            state, self.last_path, asdict(self.model.cfg), self.split.meta.changed_files(before),
+            "start without --resume to train on this one",
+        )  # fmt: skip
         self.notes += checkpoint.changed_settings(
             state["config"], asdict(self.cfg), but=("resume", "downloads")
         )
@@ -298,6 +318,20 @@ class Training:
         self.progress = Progress.from_dict(state)
         return state["average"]
 
+    def start_from(self, path: str) -> None:
+        """Begin with a checkpoint's weights. Its scores are measured before the first step.
+
+        Raises UserError if it is of another dataset or architecture.
+        """
+        content = checkpoint.load(path)
+        before = Meta.from_dict(content["meta"], f"{path}: meta")
+        checkpoint.refuse_other(
+            content, path, asdict(self.model.cfg), self.split.meta.changed_files(before),
+            "begin with a checkpoint of this one",
+        )  # fmt: skip
+        checkpoint.fill(self.model, content["model"], path)
+        self.progress.evaluated_at = -1
+
     def introduce(self) -> None:
         """Say what is trained, where, and what the user may not expect."""
         cfg, step = self.cfg, self.progress.step
@@ -306,6 +340,8 @@ class Training:
             f"{millions:.1f} M parameters, {len(self.split)} images, {self.order.per_epoch} steps "
             f"per epoch, {self.device.world} x {self.device.torch_device}, {self.device.dtype}"
         )
+        if cfg.objective == "scst":
+            self.log.say(self.self_critical.signature())
         if cfg.resume and step:
             self.log.say(f"resumed from {self.last_path} at step {step}")
         elif cfg.resume:

@@ -128,17 +128,18 @@ def refuse_other_dataset(path: Path | str, changed_files: list[str], hint: str) 
         raise UserError(f"{path} was trained on another dataset: {names} differ: {hint}")
 
 
-def refuse_other_run(content: dict, path: Path, model_config: dict, changed_files: list) -> None:
-    """Raise UserError if last.pt cannot be resumed by this run: another dataset or model.
+def refuse_other(
+    content: dict, path: Path | str, model_config: dict, changed_files: list[str], hint: str
+) -> None:
+    """Raise UserError if a checkpoint does not fit a run: of another dataset or architecture.
 
     Args:
-        content: what last.pt holds.
-        model_config: this run's settings of the model, as a dict.
+        content: what the checkpoint holds.
+        model_config: the run's settings of the model, as a dict.
         changed_files: the dataset's files that are not those it was trained on.
+        hint: what to do then.
     """
-    if "optimizer" not in content:
-        raise UserError(f"{path} cannot be resumed: it holds no optimizer; last.pt does")
-    refuse_other_dataset(path, changed_files, "start without --resume to train on this one")
+    refuse_other_dataset(path, changed_files, hint)
     changed = changed_settings(content["model_config"], model_config, but=("dropout",))
     if changed:
         raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")

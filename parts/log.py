@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 
 from tqdm import tqdm
 
@@ -28,14 +29,13 @@ class Log:
         self.begin = time.perf_counter()
         self.steps = 0
         self.waited = 0.0  # seconds, for batches
-        self.counts = {"images": 0, "captions": 0, "targets": 0}
+        self.counts = Counter()  # sums of each step's global counts
 
     def count(self, counts: dict, waited: float) -> None:
         """Note a step's global counts and the seconds that it waited for its batch."""
         self.steps += 1
         self.waited += waited
-        for name in self.counts:
-            self.counts[name] += counts[name]
+        self.counts.update(counts)
         self.bar.update()
 
     def line(self, step: int, loss: float, norm: float, lr: float) -> None:
@@ -54,8 +54,15 @@ class Log:
             "mfu": flops / seconds / self.peak,
             "waiting": self.waited / seconds,
         }
-        self.write(row)
-        text = (
+        # Self-critical training counts more: sums over its sampled captions.
+        more = {
+            name: total / self.counts["captions"]
+            for name, total in self.counts.items()
+            if name not in ("images", "captions", "targets")
+        }
+        self.write(row | more)
+        text = "".join(f"{name} {value:.3f} · " for name, value in more.items())
+        text += (
             f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
             f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
             f"MFU {row['mfu']:.0%}"

@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_not_resumed(here):
     with pytest.raises(UserError, match="another architecture: n_embd was 32, is 64"):
         train.main(Config(**SMALL | dict(resume=True, n_embd=64)))
     os.rename("out/tiny/ckpt.pt", "out/tiny/last.pt")
-    with pytest.raises(UserError, match="cannot be resumed: it holds no optimizer"):
+    with pytest.raises(UserError, match="holds no optimizer: only a last.pt can be resumed"):
         train.main(Config(**SMALL | dict(resume=True)))
 
 

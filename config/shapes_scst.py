@@ -1,0 +1,15 @@
+"""Self-critical training on the built-in dataset. It continues the run of config/shapes.py.
+
+    python train.py config/shapes.py config/shapes_scst.py
+    python sample.py --ckpt out/shapes_scst/ckpt.pt --split test
+"""
+
+objective = "scst"
+init_from = "out/shapes/ckpt.pt"
+scst_samples = 5
+
+batch_size = 32
+max_iters = 300
+learning_rate = 1e-4
+warmup_iters = 0
+eval_interval = 50

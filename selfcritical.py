@@ -1,0 +1,141 @@
+"""Self-critical training: the model's own captions, weighted by how good they are.
+
+Cross-entropy teaches which word follows in a reference. What counts is the whole caption, as CIDEr
+judges it. So the model writes K captions of each image, and learns to make those likelier that
+are better than its others, and the others less likely (Rennie et al. 2017, arXiv:1612.00563):
+
+    reward      r_k = CIDEr-D of caption k against the image's references
+    advantage   A_k = r_k - mean of the other K - 1 rewards (Luo 2020, arXiv:2003.09971)
+    loss        - sum of A_k log p(caption k) / number of sampled tokens, over the global batch
+
+The K samples of an image are one packed row, as its references are in cross-entropy training. So
+the gradient comes from the very same forward pass, with a weight for each target.
+
+What goes wrong elsewhere, and is seen to here:
+- The end token is a word of the reward. Without it, captions learn to break off after "with a". A
+  caption that was cut off at the longest length has no end.
+- Captions are sampled and their gradient is taken by the same function: no dropout in either, no
+  temperature, no filter. p is the model's own.
+- Document frequencies come from all training references, never from a batch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from data import Order, Split, pack_rows
+from decode import Caption, Decoding, generate
+from metrics import VERSION, CiderD
+from model import ClipLM
+from parts.device import Device
+
+FIGURES = ("reward", "reward_spread", "length", "ended", "distinct")  # logged, mean per caption
+
+
+class SelfCritical:
+    """Makes training batches of sampled captions, in the place of `data.batches`.
+
+    Args:
+        model: the model that is trained; without dropout.
+        split: the training images and their references.
+        cfg: settings of the run (configurator.Config): scst_samples, scst_references, seed.
+    """
+
+    def __init__(self, model: ClipLM, split: Split, cfg, device: Device):
+        self.model, self.split, self.cfg, self.device = model, split, cfg, device
+        room = model.cfg.block_size - model.cfg.prefix_length
+        self.max_len = min(max(40, split.meta.longest_caption), room - 1)  # bos takes a position
+        _, references = split.references()
+        self.cider = CiderD(references, end_token=True)
+
+    def batches(self, order: Order, steps: range) -> Iterator[tuple[list[dict], dict]]:
+        """Yield, for each step, this rank's micro-batches and the counts of the whole batch.
+
+        They are those of `data.batches`, apart from: `weights` (M,) in each micro-batch, and in
+        the counts the sum over all captions of each of FIGURES. Images are dealt to the ranks and
+        micro-batches in the same way. A sample depends on the seed, the step and its image, so
+        that any number of ranks draws the same captions.
+        """
+        parts = self.device.world * self.cfg.gradient_accumulation_steps
+        for step in steps:
+            images = order.batch(step)
+            first = range(self.device.rank, parts, self.device.world)
+            rollouts = [self.rollout(images[i::parts], step) for i in first]
+            names = ("captions", "targets", *FIGURES)
+            own = [sum(counts[name] for _, counts in rollouts) for name in names]
+            counts = dict(zip(names, self.device.sum(*own), strict=True))
+            yield [rows for rows, _ in rollouts], {"images": len(images), **counts}
+
+    def signature(self) -> str:
+        """Return how captions are rewarded. Rewards compare if they share it."""
+        return (
+            f"reward: CIDEr-D with the end token, {len(self.split)} images' document frequencies, "
+            f"{self.cfg.scst_samples} samples, metrics {VERSION}"
+        )
+
+    def rollout(self, images: np.ndarray, step: int) -> tuple[dict, dict]:
+        """Sample captions of the images. Return packed rows, with weights, and their counts."""
+        K = self.cfg.scst_samples
+        embeddings = self.split.embedding(images)
+        captions = self.sample(embeddings, images, step)
+        texts = [self.split.tokenizer.decode(caption.ids) for caption in captions]
+        ended = np.array([caption.ended for caption in captions])
+        rewards = self.cider.score(np.repeat(images, K), texts, ended).reshape(-1, K)
+        advantages = (rewards - rewards.mean(1, keepdims=True)) * K / (K - 1)
+        rows = self.pack(embeddings, images, captions, advantages.ravel())
+        lengths = np.array([len(caption.ids) for caption in captions])
+        distinct = sum(len(set(texts[i : i + K])) for i in range(0, len(texts), K))
+        return rows, {
+            "captions": len(captions),
+            "targets": int((lengths + ended).sum()),
+            "reward": rewards.sum(),
+            "reward_spread": K * rewards.std(1).sum(),  # within an image
+            "length": int(lengths.sum()),
+            "ended": int(ended.sum()),
+            "distinct": distinct,
+        }
+
+    def sample(self, embeddings: torch.Tensor, images: np.ndarray, step: int) -> list[Caption]:
+        """Return K captions of each image, end to end, drawn from the model as it is now."""
+        (seed,) = np.random.SeedSequence([self.cfg.seed, step]).generate_state(1).tolist()
+        decoding = Decoding(
+            method="sample", n_best=self.cfg.scst_samples, min_len=0, max_len=self.max_len,
+            seed=seed,
+        )  # fmt: skip
+        with self.device.autocast():
+            captions = generate(
+                self.model, embeddings.to(self.device.torch_device), self.split.tokenizer,
+                decoding, numbers=images.tolist(),
+            )  # fmt: skip
+        return [caption for group in captions for caption in group]
+
+    def pack(
+        self, embeddings: torch.Tensor, images: np.ndarray, captions: list[Caption],
+        advantages: np.ndarray,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Return one packed row per image: its samples, then its references if they count.
+
+        A target's weight is the advantage of its caption, or `scst_references`. The end of a
+        caption that was cut off weighs nothing: it was not drawn.
+        """
+        tokenizer, K = self.split.tokenizer, self.cfg.scst_samples
+        tokens, weights, lengths = [], [], []
+        for row, image in enumerate(images):
+            length = 0
+            for i in range(row * K, (row + 1) * K):
+                ids = captions[i].ids
+                tokens.append([tokenizer.bos, *ids])
+                weights.append(np.full(len(ids) + 1, advantages[i]))
+                if not captions[i].ended:
+                    weights[-1][-1] = 0
+                length += len(ids) + 1
+            if self.cfg.scst_references:
+                references = self.split.caption_tokens(image)
+                tokens.append(references)
+                weights.append(np.full(len(references), self.cfg.scst_references))
+                length += len(references)
+            lengths.append(length)
+        packed = pack_rows(np.concatenate(tokens), np.array(lengths), tokenizer)
+        weights = torch.from_numpy(np.concatenate(weights).astype(np.float32))
+        return {"embeddings": embeddings, **packed, "weights": weights}
