@@ -36,6 +36,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": (0.11, 0.135), "large": (0.175, 0.205)}  # radius, as a share of the image's side
 COUNTS = (1, 2, 3)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+VALUES = {"background": list(BACKGROUNDS), "relation": list(OPPOSITE), "size": list(SIZES),
+          "colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}  # fmt: skip
 NOVEL = {("red", "cross"), ("yellow", "square"), ("green", "ring"), ("blue", "triangle")}
 
 
@@ -64,13 +66,12 @@ class Scene:
 
     def is_valid(self, novel: bool = False) -> bool:
         """Whether the scene keeps the dataset's rules; `novel`: its first pair is held out."""
-        first, last = self.groups[0], self.groups[-1]
-        is_held_out = [(g.colour, g.shape) in NOVEL for g in self.groups]
-        is_pair = first is not last and first.count + last.count == 2
+        n = len(self.groups)
+        is_pair = [group.count for group in self.groups] == [1, 1]
         return (
-            is_held_out == [novel] + [False] * (len(self.groups) - 1)
+            [(g.colour, g.shape) in NOVEL for g in self.groups] == [novel, False][:n]
             and len(self.objects()) <= 3
-            and (first is last or (first.shape != last.shape and first.colour != last.colour))
+            and len({g.shape for g in self.groups}) == len({g.colour for g in self.groups}) == n
             and is_pair == (self.relation is not None)
         )
 
@@ -81,8 +82,8 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
         groups = []
         for _ in range(rng.choice((1, 2, 2))):
             count = rng.choices(COUNTS, (4, 2, 1))[0]
-            size, colour = rng.choice(list(SIZES)), rng.choice(list(COLOURS))
-            groups.append(Group(count, size, colour, rng.choice(SHAPES)))
+            rest = [rng.choice(VALUES[name]) for name in ("size", "colour", "shape")]
+            groups.append(Group(count, *rest))
         if novel:
             colour, shape = rng.choice(sorted(NOVEL))
             groups[0] = replace(groups[0], colour=colour, shape=shape)
@@ -96,27 +97,24 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
 
 def make_variant(scene: Scene, rng: random.Random) -> Scene:
     """Return the scene with one fact changed: a hard negative, from which CLIP learns that fact."""
-    values = {"size": list(SIZES), "colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
+    changes = ["background", "size"] + ["colour", "count"] * 2 + ["shape"] * 4
+    if len(scene.groups) == 2:
+        changes += ["swap"] * 4
+    if scene.relation:
+        changes += ["relation"] * 6
     while True:
-        changes = ["background", "size"] + ["colour", "count"] * 2 + ["shape"] * 4
-        if len(scene.groups) == 2:
-            changes += ["swap"] * 4
-        if scene.relation:
-            changes += ["relation"] * 6
         change = rng.choice(changes)
         groups = list(scene.groups)
         i = rng.randrange(len(groups))
-        if change == "background":
-            variant = replace(scene, background=rng.choice(list(BACKGROUNDS)))
-        elif change == "relation":
-            variant = replace(scene, relation=rng.choice(list(OPPOSITE)))
-        elif change == "swap":  # the same words, but each is said of the other group
-            name = rng.choice(("colour", "colour", "size", "count"))
-            first, second = (getattr(group, name) for group in groups)
-            groups = [replace(groups[0], **{name: second}), replace(groups[1], **{name: first})]
-            variant = replace(scene, groups=tuple(groups))
+        if change in ("background", "relation"):
+            variant = replace(scene, **{change: rng.choice(VALUES[change])})
         else:
-            groups[i] = replace(groups[i], **{change: rng.choice(values[change])})
+            if change == "swap":  # the same words, but each is said of the other group
+                name = rng.choice(("colour", "colour", "size", "count"))
+                first, second = (getattr(group, name) for group in groups)
+                groups = [replace(groups[0], **{name: second}), replace(groups[1], **{name: first})]
+            else:
+                groups[i] = replace(groups[i], **{change: rng.choice(VALUES[change])})
             variant = replace(scene, groups=tuple(groups))
         if variant != scene and variant.is_valid():
             return variant
@@ -125,6 +123,14 @@ def make_variant(scene: Scene, rng: random.Random) -> Scene:
 # ---------------------------------------------------------------------------------------------
 # Pictures
 
+DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+TIP = math.hypot(0.35, 1)  # of a cross: an arm is .7 r wide and r long
+TIP_ANGLE = math.degrees(math.atan2(0.35, 1))
+OUTLINES = {  # corners as (degrees, distance in radii), repeated each so many degrees
+    "square": (90, [(45, 1.15)]),
+    "triangle": (120, [(-90, 1.2)]),
+    "cross": (90, [(-TIP_ANGLE, TIP), (TIP_ANGLE, TIP), (45, 0.35 * 2**0.5)]),
+}
 Spot = tuple[float, float, float]  # x, y and radius of an object, as shares of the image's side
 
 
@@ -137,25 +143,20 @@ def place_objects(scene: Scene, rng: random.Random) -> list[Spot]:
             x = rng.uniform(1.2 * r, 1 - 1.2 * r)
             y = rng.uniform(1.2 * r, 1 - 1.2 * r)
             spots.append((x, y, r))
-        if are_apart(spots) and (not scene.relation or are_related(spots, scene.relation)):
+        pairs = itertools.combinations(spots, 2)
+        if all(is_clear(*pair, scene.relation) for pair in pairs):
             return spots
 
 
-def are_apart(spots: list[Spot]) -> bool:
-    return all(
-        math.hypot(x - other_x, y - other_y) >= 1.2 * (r + other_r)
-        for (x, y, r), (other_x, other_y, other_r) in itertools.combinations(spots, 2)
-    )
-
-
-def are_related(spots: list[Spot], relation: str) -> bool:
-    """Whether the first of two spots is clearly left of (right of, above, below) the second."""
-    (x, y, _), (other_x, other_y, _) = spots
-    along, across = x - other_x, y - other_y
-    if relation in ("above", "below"):
-        along, across = across, along
-    is_before = relation in ("left of", "above")
-    return (along < 0) == is_before and abs(along) >= 1.7 * abs(across)
+def is_clear(first: Spot, second: Spot, relation: str | None) -> bool:
+    """Whether two objects are apart, and the first clearly in the relation to the second."""
+    dx = first[0] - second[0]
+    dy = first[1] - second[1]
+    is_apart = math.hypot(dx, dy) >= 1.2 * (first[2] + second[2])
+    if not relation:
+        return is_apart
+    right, down = DIRECTIONS[relation]
+    return is_apart and right * dx + down * dy >= 1.7 * abs(right * dy + down * dx)
 
 
 def render(scene: Scene, rng: random.Random, side: int = 96, spots: list[Spot] | None = None):
@@ -185,20 +186,13 @@ def render(scene: Scene, rng: random.Random, side: int = 96, spots: list[Spot] |
 
 def corners(shape: str, x: float, y: float, r: float, angle: float) -> list[tuple[float, float]]:
     """Return the corners of a shape of radius `r` around (x, y), turned by `angle` radians."""
-    if shape == "square":
-        polar = [(k * 90 + 45, 1.15) for k in range(4)]  # degrees, distance in radii
-    elif shape == "triangle":
-        polar = [(k * 120 - 90, 1.2) for k in range(3)]
-    else:  # a cross: an arm is .7 r wide and r long
-        half = math.degrees(math.atan2(0.35, 1))
-        tip = math.hypot(0.35, 1)
-        polar = []
-        for k in range(4):
-            polar += [(k * 90 - half, tip), (k * 90 + half, tip), (k * 90 + 45, 0.35 * 2**0.5)]
+    turn, polar = OUTLINES[shape]
     points = []
-    for degrees, distance in polar:
-        turned = math.radians(degrees) + angle
-        points.append((x + r * distance * math.cos(turned), y + r * distance * math.sin(turned)))
+    for start in range(0, 360, turn):
+        for degrees, distance in polar:
+            turned = math.radians(start + degrees) + angle
+            across = r * distance * math.cos(turned)
+            points.append((x + across, y + r * distance * math.sin(turned)))
     return points
 
 
@@ -331,10 +325,8 @@ def stated_facts(text: str) -> set[str]:
 
 
 def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float]:
-    """Return precision, recall and F1, in 0..1, of the facts that captions state, over all images.
-
-    `truths` holds the facts of each caption's scene.
-    """
+    """Return precision, recall and F1, in 0..1, of the facts that captions state, over all images;
+    `truths` holds the facts of each caption's scene."""
     stated = [stated_facts(caption) for caption in captions]
     correct = sum(len(facts & set(truth)) for facts, truth in zip(stated, truths, strict=True))
     precision = correct / max(1, sum(map(len, stated)))
@@ -348,11 +340,10 @@ def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float
 
 
 def build(images: Path, counts: dict[str, int], seed: int) -> dict[str, list[dict]]:
-    """Render `counts[split]` scenes of each split as PNG files below the folder `images`.
+    """Render `counts[split]` scenes of each split as PNG files below the folder `images`, and
+    return each split's list of {"file_name", "captions", "facts"}.
 
     Scene i of a split depends on (seed, split, i) alone. The split `novel` shows held-out pairs.
-
-    Returns, for each split, a list of {"file_name", "captions", "facts"}.
     """
     splits: dict[str, list[dict]] = {}
     for split, n in counts.items():

@@ -52,12 +52,18 @@ class ShapesConfig:
 # The model
 
 
-def new_clip(folder: Path, texts: list[str]):
-    """Return an untrained CLIP of 1.0 million parameters, its tokenizer and image processor; the
-    latter two are saved in the folder."""
+def open_clip(cfg: ShapesConfig, scenes: list[Scene], rng: random.Random):
+    """Return the CLIP to train, its tokenizer and its image processor: those of `cfg.start`, or an
+    untrained CLIP of 1.0 million parameters. The latter two are saved in `cfg.out`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+    folder = Path(cfg.out)
+    if cfg.start:
+        shutil.copytree(cfg.start, folder, dirs_exist_ok=True)
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return model, tokenizer, CLIPImageProcessor.from_pretrained(folder)
     # CLIP's tokenizer is a BPE whose words end in </w>; with this few words, each becomes a token.
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -65,6 +71,7 @@ def new_clip(folder: Path, texts: list[str]):
     special = ["<|startoftext|>", "<|endoftext|>"]
     trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, special_tokens=special,
                                   end_of_word_suffix="</w>", show_progress=False)  # fmt: skip
+    texts = [text for scene in scenes[::7] for text in shapes.write_captions(scene, rng)]
     bpe.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     bpe.model.save(str(folder))
@@ -91,20 +98,6 @@ def new_clip(folder: Path, texts: list[str]):
     return model, tokenizer, processor
 
 
-def open_clip(cfg: ShapesConfig, scenes: list[Scene], rng: random.Random):
-    """Return the CLIP to train, its tokenizer and its image processor."""
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    out = Path(cfg.out)
-    if cfg.start:
-        shutil.copytree(cfg.start, out, dirs_exist_ok=True)
-        model = CLIPModel.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
-        tokenizer = CLIPTokenizer.from_pretrained(out)
-        return model, tokenizer, CLIPImageProcessor.from_pretrained(out)
-    texts = [text for scene in scenes[::7] for text in shapes.write_captions(scene, rng)]
-    return new_clip(out, texts)
-
-
 # ---------------------------------------------------------------------------------------------
 # The data
 
@@ -116,22 +109,11 @@ def make_families(n: int, rng: random.Random) -> list[Scene]:
         base = shapes.make_scene(rng)
         while rng.random() < 0.6 and not base.relation:  # the hardest fact, and a rare one
             base = shapes.make_scene(rng)
-        same = 1
-        if len(base.objects()) == 1:
-            same = 4  # the same scene, its object elsewhere
+        is_single = len(base.objects()) == 1
+        same = 4 if is_single else 1  # the same scene, its object elsewhere
         scenes += [base] * same
         scenes += [shapes.make_variant(base, rng) for _ in range(FAMILY - same)]
     return scenes
-
-
-def region(spots: list[Spot]) -> str | None:
-    """Return where a single object is, as a relation to the middle; None for several objects."""
-    if len(spots) > 1:
-        return None
-    x, y, _ = spots[0]
-    if abs(x - 0.5) > abs(y - 0.5):
-        return "left of" if x < 0.5 else "right of"
-    return "above" if y < 0.5 else "below"
 
 
 def clip_caption(
@@ -146,17 +128,20 @@ def clip_caption(
     """
     blank = {name: "" for name in ("size", "colour") if name in unsaid}
     groups = tuple(replace(group, **blank) for group in scene.groups)
-    background, relation, where = scene.background, scene.relation, region(spots)
+    partial = replace(scene, groups=groups)
     if "background" in unsaid:
-        background = ""
+        partial = replace(partial, background="")
     if "place" in unsaid:
-        relation = where = None
-    partial = Scene(background, groups, relation)
+        partial = replace(partial, relation=None)
     text = shapes.write_caption(partial, rng)
-    if where:
+    where = None  # a single object is, as a relation to the middle
+    if "place" not in unsaid and len(spots) == 1:
+        x, y, _ = spots[0]
+        offsets = {"below": y - 0.5, "above": 0.5 - y, "right of": x - 0.5, "left of": 0.5 - x}
+        where = max(offsets, key=offsets.get)
         text = f"{shapes.noun_phrase(groups[0], rng)} {shapes.SIDES[where]}"
-        if background:
-            text += f" on a {background} background"
+        if partial.background:
+            text += f" on a {partial.background} background"
     return text, (where, *shapes.scene_facts(partial))
 
 
@@ -175,11 +160,10 @@ def augment(pixels: np.ndarray, rng: random.Random) -> torch.Tensor:
 
 
 def contrast(logits: torch.Tensor, keys: list[tuple]) -> tuple[torch.Tensor, ...]:
-    """Return the contrastive loss of images and texts with logits (B, B).
+    """Return the contrastive loss of images and texts with logits (B, B), the least it can be, and
+    the share of images whose most likely text is right.
 
     Pairs with equal keys count as each other's positives.
-
-    Returns the loss, the least it can be, and the share of images whose most likely text is right.
     """
     numbers: dict[tuple, int] = {}
     label = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
@@ -284,22 +268,12 @@ def answers(scene: Scene) -> dict[str, str | int]:
     return labels
 
 
-def probe_data(encoder, split: str, n: int) -> tuple[torch.Tensor, list[dict]]:
-    """Return the embeddings (n, P * D) of n new scenes, and the answers to the questions."""
-    scenes, images = [], []
-    for i in range(n):
-        rng = random.Random(f"probe/{split}/{i}")
-        scenes.append(shapes.make_scene(rng, novel=split == "novel"))
-        images.append(shapes.render(scenes[-1], rng))
-    parts = [encoder(images[i : i + 250]) for i in range(0, n, 250)]
-    return torch.cat(parts).flatten(1).float(), [answers(scene) for scene in scenes]
-
-
 def accuracies(data: dict[str, tuple], question: str) -> list[float]:
     """Fit a logistic regression on train. Return its accuracy on test and on novel scenes."""
     labels = {answer[question] for answer in data["train"][1] if question in answer}
     classes = sorted(labels, key=str)
-    x, y = {}, {}
+    x = {}
+    y = {}
     for split, (embeddings, known) in data.items():
         rows = [i for i, answer in enumerate(known) if question in answer]
         x[split] = embeddings[rows]
@@ -316,10 +290,8 @@ def accuracies(data: dict[str, tuple], question: str) -> list[float]:
 
 
 def probe(cfg: ShapesConfig) -> dict[str, dict[str, float]]:
-    """Return the accuracy, in 0..1, of linear classifiers on the frozen embeddings of new scenes.
-
-    For each question: {"pooled", "pooled novel", "grid", "grid novel"}.
-    """
+    """Return the accuracy, in 0..1, of linear classifiers on the frozen embeddings of new scenes:
+    for each question {"pooled", "pooled novel", "grid", "grid novel"}."""
     from parts.encoder import Encoder
 
     results: dict[str, dict[str, float]] = {question: {} for question in QUESTIONS}
@@ -327,10 +299,16 @@ def probe(cfg: ShapesConfig) -> dict[str, dict[str, float]]:
         encoder = Encoder(cfg.out, features)
         data = {}
         for split, n in (("train", 6000), ("test", 2000), ("novel", 2000)):
-            x, known = probe_data(encoder, split, n)
+            scenes, images = [], []
+            for i in range(n):
+                rng = random.Random(f"probe/{split}/{i}")
+                scenes.append(shapes.make_scene(rng, novel=split == "novel"))
+                images.append(shapes.render(scenes[-1], rng))
+            parts = [encoder(images[i : i + 250]) for i in range(0, n, 250)]
+            x = torch.cat(parts).flatten(1).float()  # (n, P * D)
             if split == "train":
                 mean, std = x.mean(0), x.std(0) + 1e-6
-            data[split] = ((x - mean) / std, known)
+            data[split] = ((x - mean) / std, [answers(scene) for scene in scenes])
         for question in QUESTIONS:
             seen_pairs, novel_pairs = accuracies(data, question)
             results[question] |= {features: seen_pairs, f"{features} novel": novel_pairs}
