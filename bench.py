@@ -3,6 +3,7 @@
     python bench.py decode --ckpt out/flickr8k/ckpt.pt      # its weights, its own val images
     python bench.py train                                   # COCO's sizes, synthetic captions
     python bench.py train --quick                           # tiny: does it run?
+    python bench.py scst --ckpt out/flickr8k/ckpt.pt        # a self-critical step
 
 Contestants alternate, so that machine noise affects all equally. Figures are medians over the
 turns, with minimum and maximum; ratios are taken turn by turn. The last line has the same figures
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import configure, one_of, within
+from configurator import Config, configure, one_of, within
 from data import Order, Split
 from decode import Decoding, generate, load_captioner
 from model import ClipLM, ModelConfig, loss_sum
@@ -37,6 +39,7 @@ from parts.common import UserError, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
 from parts.encoder import extras
 from parts.log import training_flops
+from selfcritical import SelfCritical
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
@@ -194,27 +197,17 @@ class Recomputing:
         return logits, [*begins, (tokens, tokens)]
 
 
-@torch.inference_mode()
-def log_p(model: ClipLM, embedding, ids: list[int], tokenizer, L: int) -> float:
-    """Return log p of a caption, its end included, from one forward pass."""
-    tokens = torch.tensor([[tokenizer.bos, *ids][:L]], device=embedding.device)
-    index = torch.arange(tokens.size(1), device=embedding.device)
-    logits = model(embedding[None], tokens, torch.ones_like(tokens), index[None], index)
-    target = torch.tensor([*ids, tokenizer.eos][:L], device=embedding.device)
-    return -F.cross_entropy(logits[: len(target)].float(), target, reduction="sum").item()
-
-
 def decode(cfg: DecodeBench) -> dict:
     """Compare our decoding with transformers' `generate`, and with our own without a cache."""
     device = Device(cfg.device, cfg.dtype)
     model, tokenizer, content = load_captioner(cfg.ckpt)
     lay_out_by_columns(model)
     gpt2 = as_gpt2(model.to(device.torch_device))
-    uncached = Recomputing(model)
     split = Split(Path(cfg.data or f"data/{content['meta']['dataset']}"), "val")
-    n, turns = min(cfg.images, len(split)), cfg.turns
+    n = min(cfg.images, len(split))
     if cfg.quick:
-        n, turns = 8, 2
+        n = 8
+        cfg = replace(cfg, turns=2)
     numbers = np.linspace(0, len(split) - 1, n).astype(np.int64)
     embeddings = split.embedding(numbers).to(device.torch_device)
     size = model.cfg
@@ -226,39 +219,42 @@ def decode(cfg: DecodeBench) -> dict:
     )
 
     def ours(images, how: Decoding, model=model) -> list[list[int]]:
-        with device.autocast():
-            captions = generate(model, images, tokenizer, how)
-        return [caption.ids for (caption,) in captions]
+        return [caption.ids for (caption,) in generate(model, images, tokenizer, how)]
 
-    def theirs(images, how: Decoding) -> list[list[int]]:
-        with device.autocast():
-            return their_captions(gpt2, model, images, tokenizer, how)
+    decoders = {
+        "ours": ours,
+        "transformers": lambda images, how: their_captions(gpt2, model, images, tokenizer, how),
+        "without cache": partial(ours, model=Recomputing(model)),
+    }
+
+    def captions(name: str, how: Decoding, parts, turn: int = 0) -> list[list[int]]:
+        """Return the ids of all captions; every turn is the same work."""
+        ids = []
+        for images in parts:
+            with device.autocast():
+                ids += decoders[name](images, how)
+        return ids
 
     cases = []
     for how in (Decoding(max_len=L), Decoding(method="beam", beams=5, max_len=L)):
         # -- the same captions?
-        parts = embeddings.split(64)
-        our_ids = [ids for part in parts for ids in ours(part, how)]
-        their_ids = [ids for part in parts for ids in theirs(part, how)]
+        our_ids = captions("ours", how, embeddings.split(64))
+        their_ids = captions("transformers", how, embeddings.split(64))
         differ = [i for i in range(n) if our_ids[i] != their_ids[i]]
         print(f"\n{how.method}: {n - len(differ)} of {n} captions are the same as transformers'")
         for i in differ:
-            for name, ids in (("ours", our_ids[i]), ("theirs", their_ids[i])):
-                p = log_p(model, embeddings[i], ids, tokenizer, L)
-                print(f"  image {numbers[i]}, {name} ({p:.5f}): {tokenizer.decode(ids)}")
+            print(f"  image {numbers[i]}, ours: {tokenizer.decode(our_ids[i])}")
+            print(f"  image {numbers[i]}, theirs: {tokenizer.decode(their_ids[i])}")
 
         # -- and how fast?
         for batch in (1, 64, 256):
             images = embeddings[:24] if batch == 1 else embeddings
-            parts = images.split(batch)
-
-            def over(decoder, *rest, parts=parts, how=how):
-                return lambda turn: [decoder(part, how, *rest) for part in parts]
-
-            contestants = {"ours": over(ours), "transformers": over(theirs)}
+            names = ["ours", "transformers"]
             if batch == 64:
-                contestants["without cache"] = over(ours, uncached)
-            seconds = interleave(device, contestants, turns)
+                names.append("without cache")
+            parts = images.split(batch)
+            contestants = {name: partial(captions, name, how, parts) for name in names}
+            seconds = interleave(device, contestants, cfg.turns)
             print(f"{how.method}, batch {batch}:")
             rows = speeds(seconds, len(images))
             cases.append({"method": how.method, "batch": batch, "same": 1 - len(differ) / n,
@@ -295,26 +291,13 @@ class Case:
     R: int
     dtype: str
 
-    def new_model(self) -> ClipLM:
-        bench = self.bench
-        features = dict(features="pooled", embedding_dim=512, n_positions=1)
-        if self.P == 50:
-            features = dict(features="grid", embedding_dim=768, n_positions=50)
-        torch.manual_seed(0)
-        return ClipLM(
-            ModelConfig(
-                vocab_size=bench.vocab_size, n_prefix=self.P, n_layer=bench.n_layer,
-                n_head=bench.n_head, n_embd=bench.n_embd, block_size=self.P + 56, dropout=0.1,
-                **features,
-            )
-        )  # fmt: skip
-
 
 class Synthetic:
     """A split of random ids and embeddings, with captions of COCO's lengths; attributes as in
     data.Split."""
 
     pack = Split.pack
+    caption_tokens = Split.caption_tokens
     embedding = Split.embedding
 
     def __init__(self, size: ModelConfig, images: int, R: int):
@@ -337,7 +320,6 @@ class Synthetic:
         self.embeddings = rng.standard_normal(shape, np.float32).astype(np.float16)
 
     def captions_of(self, images: np.ndarray) -> np.ndarray:
-        """Return the numbers of the captions of these images."""
         return (images[:, None] * self.R + np.arange(self.R)).flatten()
 
     def separate(self, captions: np.ndarray, width: int = 0) -> dict:
@@ -359,11 +341,10 @@ class Synthetic:
                 "targets": torch.from_numpy(targets)}  # fmt: skip
 
 
-PRECISIONS = ("float32", "bfloat16")
 CONTESTANTS = ("ours", "padded", "transformers")
 
 
-class Trainee:
+class Trainee(torch.nn.Module):
     """A model, its optimizer and its loss.
 
     ours: packed rows, in batches of images of similar length, as in train.py.
@@ -373,17 +354,25 @@ class Trainee:
     """
 
     def __init__(self, name: str, case: Case, device: Device):
+        super().__init__()
         keep_freed_memory()  # as train.py does
         self.name = name
         self.device = device
-        self.model = case.new_model().to(device.torch_device)
-        self.modules = torch.nn.ModuleList([self.model])  # all that is trained
+        features = dict(features="pooled", embedding_dim=512, n_positions=1)
+        if case.P == 50:
+            features = dict(features="grid", embedding_dim=768, n_positions=50)
+        cfg = case.bench
+        size = ModelConfig(
+            vocab_size=cfg.vocab_size, n_prefix=case.P, n_layer=cfg.n_layer, n_head=cfg.n_head,
+            n_embd=cfg.n_embd, block_size=case.P + 56, dropout=0.1, **features,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        self.model = ClipLM(size).to(device.torch_device)
         if name == "transformers":
             self.gpt2 = as_gpt2(self.model)
-            self.modules.append(self.gpt2)
             del self.model.transformer, self.model.lm_head
-        self.params = list(self.modules.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=device.type != "mps")
+        fused = device.type != "mps"
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4, fused=fused)
 
     def batch(self, split: Synthetic, order: Order, turn: int) -> tuple[dict, int]:
         """Return a batch and how many targets it has. Separate examples are drawn at random."""
@@ -419,7 +408,7 @@ class Trainee:
         with self.device.autocast():
             loss = self.loss(self.device.put(batch))
         (loss / targets).backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -431,7 +420,7 @@ def peak_memory(name: str, case: Case) -> float:
     device = Device(case.bench.device, case.dtype)
     before = peak_mb(device)
     trainee = Trainee(name, case, device)
-    split = Synthetic(case.new_model().cfg, 3 * case.bench.batch_size, case.R)
+    split = Synthetic(trainee.model.cfg, 3 * case.bench.batch_size, case.R)
     order = Order(0, split.lengths, case.bench.batch_size)
     for step in range(3):
         trainee.step(*trainee.batch(split, order, step))
@@ -444,7 +433,8 @@ def compare(case: Case, peaks: list[float]) -> dict:
     bench = case.bench
     device = Device(bench.device, case.dtype)
     trainees = [Trainee(name, case, device) for name in CONTESTANTS]
-    split = Synthetic(case.new_model().cfg, max(32, bench.turns) * bench.batch_size, case.R)
+    images = max(32, bench.turns) * bench.batch_size
+    split = Synthetic(trainees[0].model.cfg, images, case.R)
     order = Order(0, split.lengths, bench.batch_size)
 
     # -- the same loss?
@@ -453,10 +443,10 @@ def compare(case: Case, peaks: list[float]) -> dict:
     losses = []
     for trainee in trainees:
         batch = packed if trainee.name == "ours" else separate
-        trainee.modules.eval()  # no dropout
+        trainee.eval()  # no dropout
         with torch.no_grad(), device.autocast():
             losses.append(trainee.loss(device.put(batch)).item() / split.lengths[images].sum())
-        trainee.modules.train()
+        trainee.train()
 
     # -- and how fast?
     def work(trainee: Trainee):
@@ -496,7 +486,8 @@ def train(cfg: TrainBench) -> dict:
     }
     print(f"{about['hardware']}\n{cfg.n_layer} layers, {cfg.n_embd} wide, V = {cfg.vocab_size}, "
           f"{cfg.batch_size} images per step")  # fmt: skip
-    cases = [Case(cfg, *rest) for rest in itertools.product((10, 50), (5, 1), PRECISIONS)]
+    product = itertools.product((10, 50), (5, 1), ("float32", "bfloat16"))
+    cases = [Case(cfg, *rest) for rest in product]
     if cfg.quick:
         cases = [cases[0], cases[-1]]
     spawn = multiprocessing.get_context("spawn")
@@ -507,8 +498,126 @@ def train(cfg: TrainBench) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
+# Self-critical training
 
-MODES = {"train": (TrainBench, train), "decode": (DecodeBench, decode)}
+
+@dataclass(frozen=True)
+class SelfCriticalBench:
+    ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
+    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
+    batch_size: int = 16  # images per step
+    samples: int = 5  # captions of each
+    turns: int = 9  # of each contestant
+    device: str = "auto"  # auto cpu mps cuda cuda:1
+    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
+
+    def __post_init__(self):
+        within(self, "batch_size turns", 1, 10**6)
+        within(self, "samples", 2, 1000)
+        one_of(self, "dtype", "auto bfloat16 float16 float32")
+
+
+def usual_rollout(critic: SelfCritical, images: np.ndarray, step: int) -> dict:
+    """Return samples as they are usually trained on: each decoded with an own prefix, a greedy
+    caption as the baseline, and one padded row per sample, for ClipLM.forward and loss_sum."""
+    K, split, tokenizer = critic.cfg.scst_samples, critic.split, critic.split.tokenizer
+    repeated = np.repeat(images, K)
+    embeddings = split.embedding(repeated)
+    greedy = Decoding(max_len=critic.max_len)
+    sampling = replace(greedy, method="sample", min_len=0, seed=step)
+    with critic.device.autocast():
+        best = generate(critic.model, split.embedding(images), tokenizer, greedy)
+        drawn = generate(
+            critic.model, embeddings, tokenizer, sampling, numbers=range(len(repeated))
+        )
+    best, drawn = ([caption.ids for (caption,) in found] for found in (best, drawn))
+    rewards = critic.cider.score(
+        np.concatenate((repeated, images)), [tokenizer.decode(ids) for ids in (*drawn, *best)]
+    )
+    advantages = rewards[: len(drawn)] - np.repeat(rewards[len(drawn) :], K)
+    width = 1 + max(map(len, drawn))
+    shape = len(drawn), width
+    tokens, targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    for i, ids in enumerate(drawn):
+        tokens[i, : len(ids) + 1] = [tokenizer.bos, *ids]
+        targets[i, : len(ids) + 1] = [*ids, tokenizer.eos]
+        weights[i, : len(ids) + 1] = advantages[i]
+    return {
+        "embeddings": embeddings,
+        "tokens": torch.from_numpy(tokens),
+        "segments": torch.ones(shape, dtype=torch.long),
+        "positions": torch.arange(width).expand(shape),
+        "targets_at": torch.arange(len(drawn) * width),
+        "targets": torch.from_numpy(targets.ravel()),
+        "weights": torch.from_numpy(weights.ravel().astype(np.float32)),
+    }
+
+
+def self_critical(cfg: SelfCriticalBench) -> dict:
+    """Compare a self-critical step with a cross-entropy step of the same images and all their
+    references, and with the usual way to take it."""
+    device = Device(cfg.device, cfg.dtype)
+    keep_freed_memory()
+    model, _, content = load_captioner(cfg.ckpt)  # in eval mode: no dropout in any of them
+    model.to(device.torch_device)
+    name = content["meta"]["dataset"]
+    split = Split(Path(cfg.data or f"data/{name}"), "train")
+    settings = Config(
+        dataset=name, objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples,
+        batch_size=cfg.batch_size,
+    )  # fmt: skip
+    critic = SelfCritical(model, split, settings, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type != "mps")
+    order = Order(0, split.lengths, cfg.batch_size)
+    parts: dict[str, list[float]] = {"sampling": [], "reward": []}
+
+    def timed(name: str, function):
+        def call(*args):
+            begin = time.perf_counter()
+            result = function(*args)
+            parts[name].append(time.perf_counter() - begin)
+            return result
+
+        return call
+
+    critic.sample = timed("sampling", critic.sample)
+    critic.cider.score = timed("reward", critic.cider.score)
+
+    def step(rows: dict) -> None:
+        with device.autocast():
+            loss = loss_sum(model, device.put(rows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    contestants = {
+        "ours": lambda turn: step(critic.rollout(order.batch(turn), turn)[0]),
+        "cross-entropy": lambda turn: step(split.pack(order.batch(turn))),
+        "usual way": lambda turn: step(usual_rollout(critic, order.batch(turn), turn)),
+    }
+    about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
+    print(f"{about['hardware']}\n{cfg.ckpt}: {cfg.batch_size} images x {cfg.samples} samples")
+    seconds = interleave(device, contestants, cfg.turns)
+    rows = speeds(seconds, cfg.batch_size * cfg.samples)
+    # The usual way is not timed in parts, but scores by the same function: every second reward.
+    sampling, reward = parts["sampling"][1:], parts["reward"][2::2]
+    shares = {
+        "sampling": summary(a / b for a, b in zip(sampling, seconds["ours"], strict=True)),
+        "reward": summary(a / b for a, b in zip(reward, seconds["ours"], strict=True)),
+    }
+    for name, share in shares.items():
+        print(f"  {name:<14}{show(share, '.0%')} of our step")
+    return about | {"contestants": rows, "shares": shares}
+
+
+# ---------------------------------------------------------------------------------------------
+
+MODES = {
+    "train": (TrainBench, train),
+    "decode": (DecodeBench, decode),
+    "scst": (SelfCriticalBench, self_critical),
+}
 
 
 def main(argv: list[str]) -> dict:
@@ -517,7 +626,9 @@ def main(argv: list[str]) -> dict:
         if {"-h", "--help"} & set(argv):
             print(__doc__.strip())
             raise SystemExit(0)
-        raise UserError("bench.py: say what to measure, `train` or `decode`, before any --flag")
+        raise UserError(
+            "bench.py: say what to measure, `train`, `decode` or `scst`, before any --flag"
+        )
     settings, mode = MODES[argv[0]]
     cfg = configure(settings, argv[1:], __doc__, files=False)
     extras()

@@ -5,12 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL
 
 import bench
+import train
+from configurator import Config
 from data import Split
-from model import ClipLM, ModelConfig
+from decode import Caption, load_captioner
+from model import ClipLM, ModelConfig, loss_sum
 from parts import checkpoint
 from parts.common import UserError
+from parts.device import Device
+from selfcritical import SelfCritical
 
 pytest.importorskip("transformers")
 
@@ -86,9 +92,40 @@ def test_decode_runs_and_the_captions_agree(here, capsys):
     assert len(result["cases"]) == 6
 
 
+def test_a_self_critical_step_has_its_parts(here, capsys):
+    train.main(Config(**SMALL))
+    result = bench.main(["scst", "--ckpt=out/tiny/ckpt.pt", "--batch_size=4", "--turns=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"bench": "scst", **result}
+    names = [row["contestant"] for row in result["contestants"]]
+    assert names == ["ours", "cross-entropy", "usual way"]
+    assert all(0 < share["median"] < 1 for share in result["shares"].values())
+
+
+def test_the_usual_rows_have_the_gradient_of_ours(here):
+    """Given the same captions and advantages: separate padded rows only cost more."""
+    train.main(Config(**SMALL))
+    model, _, _ = load_captioner("out/tiny/ckpt.pt")
+    split = Split(here / "data/tiny", "train")
+    cfg = Config(**SMALL, objective="scst", from_scratch=True, scst_samples=2)
+    critic = SelfCritical(model, split, cfg, Device("cpu", "float32"))
+    images = np.array([2, 9])
+    for step in range(20):  # until no sample is just as good as the greedy caption
+        usual = bench.usual_rollout(critic, images, step)
+        weights = usual["weights"].view(4, -1)
+        if weights[:, 0].all():
+            break
+    lengths = (weights != 0).sum(1)
+    ids = [row[1:n].tolist() for row, n in zip(usual["tokens"], lengths, strict=True)]
+    captions = [Caption(each, 0.0, [], True) for each in ids]
+    rows = critic.pack(split.embedding(images), images, captions, weights[:, 0].numpy())
+    ours, theirs = loss_sum(model, rows), loss_sum(model, usual)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
 def test_a_wrong_call_is_one_clear_line(capsys):
     for argv in ([], ["--quick"], ["encode"]):
-        with pytest.raises(UserError, match="`train` or `decode`"):
+        with pytest.raises(UserError, match="`train`, `decode` or `scst`"):
             bench.main(argv)
     with pytest.raises(SystemExit):
         bench.main(["decode"])
