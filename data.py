@@ -25,6 +25,7 @@ from parts.common import (
     UserError,
     fingerprint,
     prefetch,
+    printable,
     read_json,
     replacing,
     sha256,
@@ -354,19 +355,29 @@ def batches(
 def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -> dict:
     """Write a split's tokens, offsets and references. Return its counts for meta.json.
 
+    Say how many captions the tokenizer changes, other than by unknown tokens.
+
     `records` are sources.Record: images with id, file_name, captions, and if the source knows
     them caption_ids, facts and tokens (each caption's ids, without bos and eos).
     """
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    tokens, lengths = [], []
+    tokens, lengths, changed = [], [], []
     for i in range(0, len(records), 4096):  # the lists of ids would take more room than the texts
         some = records[i : i + 4096]
+        captions = [c for record in some for c in record.captions]
         if some[0].tokens:
             encoded = [ids for record in some for ids in record.tokens]
         else:
-            encoded = tokenizer.encode_all([c for record in some for c in record.captions])
+            encoded = tokenizer.encode_all(captions)
+        for caption, ids, text in zip(captions, encoded, tokenizer.sp.decode(encoded), strict=True):
+            original = caption.lower() if tokenizer.lowercase else caption
+            if text != original and tokenizer.unk not in ids:
+                changed.append((original, text))
         tokens.append(np.array([t for ids in encoded for t in (tokenizer.bos, *ids)], dtype))
         lengths.append(np.array([1 + len(ids) for ids in encoded], np.int64))
+    if changed:
+        example = "`{}` to `{}`".format(*changed[0])
+        print(printable(f"{split}: the tokenizer changes {len(changed)} captions, first {example}"))
     tokens, lengths = np.concatenate(tokens), np.concatenate(lengths)
     per_image = np.array([len(record.captions) for record in records], np.int64)
     offsets = np.concatenate(([0], per_image.cumsum(), [0], lengths.cumsum()))

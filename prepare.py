@@ -84,15 +84,16 @@ def gather_inputs(cfg: Config) -> tuple[Splits, Tokenizer]:
 def train_tokenizer(captions: list[str], vocab_size: int, lowercase: bool = False) -> Tokenizer:
     """Train a sentencepiece BPE of at most `vocab_size` pieces; small texts have fewer.
 
-    Raise UserError if the captions have more characters than that.
+    It keeps every character as the user wrote it. Raise UserError if the captions have more
+    characters than `vocab_size`.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(c.lower() if lowercase else c for c in captions),
             model_writer=model, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 20, minloglevel=2,
-            num_threads=1,
+            normalization_rule_name="identity", pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            max_sentence_length=1 << 20, minloglevel=2, num_threads=1,
         )  # fmt: skip
     except RuntimeError as error:
         least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))

@@ -39,6 +39,7 @@ from parts.common import UserError, owning, printable, read_json, write_text
 
 SPLITS = ("train", "val", "test")  # what {split} stands for
 LONGEST = 2000  # characters of a caption or a name
+SPACES = re.compile(r"[ \t-\r]+")  # of ASCII; other spaces are the user's text, as in Chinese
 SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
 
 
@@ -215,7 +216,9 @@ class Gathering:
 
     def add(self, where: str, split: str, row: Record) -> None:
         """Check a row, and make it its image's record, or add its captions to that."""
-        row.captions = [" ".join(c.split()) if isinstance(c, str) else c for c in row.captions]
+        row.captions = [
+            SPACES.sub(" ", c).strip(" ") if isinstance(c, str) else c for c in row.captions
+        ]
         faults = [fault for fault in map(text_problem, row.captions) if fault]
         if not row.captions:
             faults = ["none"]

@@ -1,15 +1,20 @@
 """data.py: packing against plain loops, the order of batches, and files that are not as written."""
 
+import io
 import json
 import os
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from helpers import pack_by_loops
 
+import data
+import prepare
 from data import Order, Split, batches
 from parts.common import UserError, read_json, replacing, write_text
+from parts.sources import Record
 
 
 def encoded(split: Split, image: int) -> list[list[int]]:
@@ -134,6 +139,46 @@ def test_a_missing_dataset_or_split_says_what_to_do(here):
         Split(here / "data/tiny", "train")
     with pytest.raises(UserError, match="batch_size=9 exceeds the 8"):
         Order(0, np.ones(8, int), 9)
+
+
+TEXTS = [
+    "ผู้ชายกำลังทำอาหาร", "น้ำในแม่น้ำ", "سگ‌ها در پارک می‌دوند", "మార్కెట్‌లో మనుషులు",
+    "一只狗在草地上跑，追着球。",
+    "a man… running", "½ a pizza™ on a plate", "x² and ﬁsh", "ＦＵＬＬ　width!", "no\u00a0break",
+    "e\u0301 is not \u00e9", "\u1112\u1161\u11ab and 한", "👨‍👩‍👧 wave 🇩🇪 ❤️", "\ufdfa",
+    "İstanbul", " a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_gives_back_what_the_user_wrote(text):
+    """sentencepiece's own rules took Thai letters apart, dropped the joiners of Persian and Telugu,
+    and replaced full-width punctuation, fractions and signs, in captions but not in references."""
+    tokenizer = prepare.train_tokenizer([text] * 3, 100)
+    assert tokenizer.decode(tokenizer.encode(text)) == text.strip(" ")
+    lower = data.Tokenizer(tokenizer.model, lowercase=True)
+    assert lower.encode(text) == tokenizer.encode(text.lower())
+
+
+def test_captions_that_a_tokenizer_changes_are_counted(tmp_path, capsys):
+    """By its own rules, if it is the user's, or by U+2581, which stands for a space in it."""
+    ours = prepare.train_tokenizer([*TEXTS, "A dog \u2581 dog"], 400)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=400, model_type="bpe",
+        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    theirs = data.Tokenizer(model.getvalue())
+    cases = (
+        (ours, ["a dog", "½ a pizza", "Ω is unknown"], ""),
+        (ours, ["a dog", "a \u2581 dog"], "changes 1 captions, first `a \u2581 dog` to `a   dog`"),
+        (theirs, ["a man… running", "a man", "x²"], "changes 2 captions, first `a man… running`"),
+    )
+    for tokenizer, captions, expected in cases:
+        records = [Record(i, f"{i}.png", [c]) for i, c in enumerate(captions)]
+        data.write_split(tmp_path, "val", records, tokenizer)
+        out = capsys.readouterr().out
+        assert f"val: the tokenizer {expected}" in out if expected else not out
 
 
 def test_references_are_cocos_format_with_the_original_ids(here):

@@ -497,7 +497,7 @@ def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
     (folder / "x.jsonl").write_text("\n".join(lines))
     expected = {}
     for caption, name in rows:
-        expected.setdefault(name, []).append(" ".join(caption.split()))
+        expected.setdefault(name, []).append(sources.SPACES.sub(" ", caption).strip(" "))
     usable = not any(sources.text_problem(c) for captions in expected.values() for c in captions)
     for source in ("csv", "jsonl"):
         cfg = Config(
