@@ -388,7 +388,7 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
         "images": len(records),
         "captions": len(lengths),
         "tokens": int(lengths.sum()),
-        "longest_caption": int(lengths.max()),
+        "longest_caption": int(lengths.max(initial=0)),
         "unknown_tokens": int((tokens == tokenizer.unk).sum()),
     }
 

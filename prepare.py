@@ -11,8 +11,9 @@
 Four phases: read and check the source, train the tokenizer on the training captions, encode each
 image once, and write `data/<dataset>/`. Its meta.json comes last, and an earlier dataset there
 stays whole until then. If it is interrupted, the same command resumes and produces identical
-files. Images that cannot be read, and in tar shards captions that cannot be used, are left out and
-listed in `data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
+files. Images that cannot be read or have no
+caption, and in tar shards captions that cannot be used, are left out and listed in
+`data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
 """
 
 if __name__ == "__main__":
@@ -133,11 +134,9 @@ class EmbeddingFile:
     @classmethod
     def create(cls, folder: Path, split: str, shape: tuple) -> "EmbeddingFile":
         """Write a file of zeros."""
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         path = folder / f"{split}.npy"
-        with naming(path), open(path, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + 2 * int(np.prod(shape)))
+        with naming(path):
+            np.lib.format.open_memmap(path, "w+", np.float16, shape)
         return cls(folder, split)
 
     def rows(self) -> np.ndarray:
@@ -149,17 +148,17 @@ class EmbeddingFile:
             file.seek(self.begin + row * block[0].nbytes)
             file.write(block.tobytes())
 
-    def copy(self, array: np.ndarray, rows: list[int]) -> int | None:
-        """Write these rows of an array, which may exceed memory. Return which of them is the first
-        that is not finite in half precision, if any."""
+    def copy(self, array: np.ndarray, rows: list[int]) -> np.ndarray:
+        """Write these rows of an array, which may exceed memory. Return the largest absolute value
+        of each in half precision, infinite or NaN if it does not fit."""
+        largest = np.empty(len(rows), np.float16)
         for i in range(0, len(rows), 4096):
             with np.errstate(over="ignore"):
                 block = array[rows[i : i + 4096]].astype(np.float16)
-            is_finite = np.isfinite(block).all((1, 2))
-            if not is_finite.all():
-                return i + int(is_finite.argmin())
+            largest[i : i + 4096] = np.abs(block).max((1, 2))
             self.write(i, block)
         self.sync()
+        return largest
 
     def sync(self) -> None:
         """Make what was written safe: rows first, then the record that they exist."""
@@ -236,22 +235,14 @@ def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict[str, Embed
     if not device.is_first:
         return {}, {}
     bad = list_bad(splits, files)
-    check_bad(splits, bad, cfg)
-    for split, records in splits.items():
-        kept = [row for row in range(len(records)) if row not in bad[split]]
-        if not kept:
-            path = cfg.data_dir / "skipped.csv"
-            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
-        splits[split] = [records[row] for row in kept]
-        files[split] = files[split].keep(kept)
+    drop_bad(splits, files, bad, cfg)
+    for split in splits:
         # Rows and records are still aligned: the last row is what the last image gives.
         ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], split, cfg)]], workers=0)
         last = torch.tensor(files[split].rows()[-1:])
         assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
-    return files, {
-        "encoder": cfg.clip, "encoder_kind": encoder.kind, "features": cfg.features,
-        "grid": cfg.grid, "n_positions": P, "embedding_dim": D,
-    }  # fmt: skip
+    facts = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
+    return files, facts | {"features": cfg.features, "grid": cfg.grid}
 
 
 def made_by(splits: Splits, cfg: Config, encoder) -> dict:
@@ -354,6 +345,18 @@ def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int | None = None) -
     print(f"left out {count} of {total} images, listed in {path}")
 
 
+def drop_bad(splits: Splits, files: dict[str, EmbeddingFile], bad: dict, cfg: Config) -> None:
+    """Leave the bad rows out of records and files. Raise UserError if they are too many."""
+    check_bad(splits, bad, cfg)
+    for split, records in splits.items():
+        kept = [row for row in range(len(records)) if row not in bad[split]]
+        if not kept:
+            path = cfg.data_dir / "skipped.csv"
+            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
+        splits[split] = [records[row] for row in kept]
+        files[split] = files[split].keep(kept)
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. or, instead of encoding: the user's own embeddings
 
@@ -361,36 +364,49 @@ def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int | None = None) -
 def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict[str, EmbeddingFile], dict]:
     """Copy the rows of the user's array to the splits, by file name.
 
-    Return each split's file and the facts for meta.json. Raise UserError if an image has no row,
-    two share one, or a row is not finite in half precision.
+    Drop rows of zeros, which some programs write for an image that they could not read. Return what
+    `encode` returns. Raise UserError if an image has no row (a split other than train and val of
+    such images is left out), two share one, or a row is not finite in half precision.
     """
     array, row_of = open_embeddings(cfg)
-    rows: dict[str, list] = {}  # split -> the row of each image
+    rows = {}  # split -> the row of each image
+    for split, records in list(splits.items()):
+        names = [record.file_name for record in records]
+        rows[split] = [row_of.get(name, row_of.get(name.rpartition("/")[2])) for name in names]
+        if split not in sources.NEEDED and set(rows[split]) == {None}:
+            print(f"left out split `{split}`: {cfg.embedding_names} has none of its images")
+            del splits[split]
     owner: dict[int, str] = {}  # row -> the image that has it
     problems = sources.Problems()
     for split, records in splits.items():
-        rows[split] = []
-        for name in (record.file_name for record in records):
-            row = row_of.get(name, row_of.get(name.rpartition("/")[2]))
-            if row is None:
-                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
-            elif row in owner:
+        for record, row in zip(records, rows[split], strict=True):
+            name = record.file_name
+            if row in owner:
                 problems.add("two images of one row", split, f"{owner[row]} and {name}")
-            rows[split].append(row)
-            owner.setdefault(row, name)
+            elif row is not None:
+                owner[row] = name
+            elif not record.bad:
+                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
     problems.stop(cfg.embeddings)
     P, D = array.shape[1:]
-    create_files(cfg, {}, {split: (len(rows[split]), P, D) for split in rows})
-    files = {split: EmbeddingFile(cfg.data_dir / "encoding", split) for split in rows}
+    create_files(cfg, {}, {split: (len(rows[split]), P, D) for split in splits})
+    files = {split: EmbeddingFile(cfg.data_dir / "encoding", split) for split in splits}
+    bad = list_bad(splits, files)
     for split, file in files.items():
-        first = file.copy(array, rows[split])
-        if first is not None:
-            name = splits[split][first].file_name
+        largest = file.copy(array, [row or 0 for row in rows[split]])  # a bad image may have none
+        for row in np.flatnonzero(~np.isfinite(largest)):
+            name = splits[split][row].file_name
             raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
-    features = "pooled" if P == 1 else "grid"
-    return files, {
-        "encoder": "", "features": features, "grid": 0, "n_positions": P, "embedding_dim": D,
-    }  # fmt: skip
+        for row in np.flatnonzero(largest == 0).tolist():
+            bad[split].setdefault(row, "embedding of zeros")
+    drop_bad(splits, files, bad, cfg)
+    return files, {"encoder": "", "features": "pooled" if P == 1 else "grid", "grid": 0}
+
+
+NOT_NPY = (
+    'not a .npy array: write one by np.save("embeddings.npy", x), where x is torch.load(FILE)'
+    ".numpy() of a .pt, np.load(FILE)[NAME] of a .npz, pickle.load(open(FILE, 'rb')) of a pickle"
+)
 
 
 def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
@@ -402,8 +418,8 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
         raise UserError(f"{error.filename}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"{cfg.embedding_names}: not UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"{cfg.embeddings}: not a .npy array: {error}") from None
+    except ValueError:
+        raise UserError(f"{cfg.embeddings}: {NOT_NPY}") from None
     if array.dtype.kind not in "fiu":
         raise UserError(f"{cfg.embeddings}: not a .npy array of numbers")
     if names[-1] == "":
@@ -431,6 +447,7 @@ def finish(
     Keeps the old dataset intact until the last moment; safe to repeat.
     """
     folder, ready = cfg.data_dir, cfg.data_dir / "encoding" / "ready"
+    _, P, D = files["train"].shape
     shutil.rmtree(ready, ignore_errors=True)
     with replacing(ready / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
@@ -440,13 +457,11 @@ def finish(
         os.replace(file.path, folder / f"{split}_embeddings.npy")
     for path in ready.iterdir():
         os.replace(path, folder / path.name)
-    if cfg.embeddings:
-        (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier dataset
     meta = Meta(
         dataset=cfg.dataset, source=cfg.source, captions=cfg.captions, images=cfg.images,
         normalize=cfg.normalize, lowercase=cfg.lowercase, vocab_size=len(tokenizer),
         splits=counts, pad=tokenizer.pad, bos=tokenizer.bos, eos=tokenizer.eos, unk=tokenizer.unk,
-        **facts,
+        n_positions=P, embedding_dim=D, **facts,
     )  # fmt: skip
     meta.write(folder)
     shutil.rmtree(folder / "encoding")

@@ -15,6 +15,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -38,8 +39,11 @@ from parts import shapes
 from parts.common import UserError, owning, printable, read_json, write_text
 
 SPLITS = ("train", "val", "test")  # what {split} stands for
+NEEDED = ("train", "val")  # the splits that must exist and have captions
 LONGEST = 2000  # characters of a caption or a name
 SPACES = re.compile(r"[ \t-\r]+")  # of ASCII; other spaces are the user's text, as in Chinese
+IN_TARS = ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff".split()  # images
+MACOS = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS adds to archives
 SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
 
 
@@ -47,14 +51,14 @@ SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part
 class Record:
     """An image with all its captions, checked: what prepare.py works on."""
 
-    id: int | str
+    id: int | str | None
     file_name: str
     captions: list[str]
     caption_ids: list | None = None  # the source's own
     tokens: list | None = None  # each caption's ids, by the user's own tokenizer
     facts: list[str] | None = None  # what is true of a built-in scene
     place: tuple | None = None  # (path, offset, size) of an image in a tar shard
-    bad: str = ""  # why its caption cannot be used (tar shards only)
+    bad: str = ""  # why its captions cannot be used
     split_from: str = ""  # the split it was moved from, in whose folder its image is
 
 
@@ -66,8 +70,10 @@ class Problems:
 
     def __init__(self):
         self.lines: dict[str, list[str]] = {}  # problem -> a line for each time, empty after 20
+        self.count = 0  # of those that stop us
 
-    def add(self, problem: str, where: str, detail: object = "") -> None:
+    def add(self, problem: str, where: str, detail: object = "", is_mended: bool = False) -> None:
+        self.count += not is_mended
         lines = self.lines.setdefault(problem, [])
         text = f"  {where}: {detail}".removesuffix(": ")
         if len(text) > len(where) + 84:
@@ -75,14 +81,14 @@ class Problems:
         lines.append(text if len(lines) < 20 else "")
 
     def stop(self, source: str) -> None:
-        """List the problems on stderr and raise UserError, if there are any."""
+        """List the problems on stderr and raise UserError, if there are any that are not mended."""
         for problem, lines in self.lines.items():
             more = [f"  and {len(lines) - 20} more"] * (len(lines) > 20)
             for line in (f"{problem}: {len(lines)}", *lines[:20], *more):
                 print(printable(line), file=sys.stderr)
-        if total := sum(map(len, self.lines.values())):
-            plural = "s" * (total > 1)
-            raise UserError(f"{source}: {total} problem{plural}, listed above; nothing was written")
+        if n := self.count:
+            problems = f"{n} problem{'s' * (n > 1)}"
+            raise UserError(f"{source}: {problems}, listed above; nothing was written")
 
 
 def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
@@ -98,6 +104,8 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     problems.stop(cfg.captions)
     if not splits.get("train"):
         raise UserError(f"{cfg.captions}: no images in split `train`")
+    for split, records in splits.items():
+        check_captions(records, split, cfg)
     if "val" not in splits and cfg.val_images:
         train, n = splits["train"], cfg.val_images
         if n >= len(train):
@@ -106,11 +114,30 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
         splits["train"] = [r for i, r in enumerate(train) if i not in chosen]
         splits["val"] = [replace(r, split_from="train") for i, r in enumerate(train) if i in chosen]
     if "val" not in splits:
+        files = [set(glob.glob(cfg.captions.replace("{split}", s))) for s in ("*", *SPLITS)]
+        others = sorted(files[0].difference(*files[1:]))[:3]
+        hint = f"if it is {' or '.join(others)}, rename that; " if others else ""
         raise UserError(
             f"{cfg.captions}: no images in split `val`, only in {', '.join(splits)}: "
-            f"--val_images=N moves some of train there"
+            f"{hint}--val_images=N moves some of train there"
         )
     return splits
+
+
+def check_captions(records: list[Record], split: str, cfg) -> None:
+    """Mark images without captions as bad, unless a split to be captioned has only such images.
+
+    Raise UserError if train or val has no caption that can be used.
+    """
+    is_needed = split in NEEDED or any(record.captions for record in records)
+    for record in records:
+        if not record.captions:
+            record.bad = (record.bad or "caption: missing") if is_needed else ""
+    if split in NEEDED and all(record.bad for record in records):
+        raise UserError(
+            f"{cfg.captions}: none of the {len(records)} images of split `{split}` has a caption "
+            f"that can be used; {records[0].file_name}: {records[0].bad}"
+        )
 
 
 def render_scenes(cfg) -> dict[str, list[Record]]:
@@ -123,18 +150,18 @@ def render_scenes(cfg) -> dict[str, list[Record]]:
             )
     counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
     scenes = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
-    splits = {split: [Record(0, **scene) for scene in scenes[split]] for split in scenes}
+    splits = {split: [Record(None, **scene) for scene in scenes[split]] for split in scenes}
     number_images(splits)
     return splits
 
 
 def number_images(splits: dict[str, list[Record]]) -> None:
-    """Count the images of all splits from 0, if the source has no ids."""
-    number = 0
+    """Count the images that have no ids, from 0 through all splits."""
+    numbers = itertools.count()
     for records in splits.values():
         for record in records:
-            record.id = number
-            number += 1
+            if record.id is None:
+                record.id = next(numbers)
 
 
 def images_folder(cfg, split: str) -> str:
@@ -162,10 +189,6 @@ def text_problem(text) -> str:
     if {unicodedata.category(c) for c in text} & {"Cc", "Cs"}:
         return "a control character, or not UTF-8"
     return "" if any(c.isprintable() and c != " " for c in text) else "empty"
-
-
-def is_id(value) -> bool:
-    return type(value) is int or (isinstance(value, str) and not text_problem(value))
 
 
 def token_ids(tokens, tokenizer) -> list[int] | None:
@@ -196,10 +219,11 @@ def gather(rows: Iterator[Row], cfg, problems: Problems, tokenizer=None) -> dict
     for row in rows:
         gathering.add(*row)
     splits = {split: list(records.values()) for split, records in gathering.records.items()}
-    if not gathering.ids:
-        number_images(splits)
-    elif n := gathering.unnumbered:
-        problems.add("images without an id, although others have one", cfg.captions, n)
+    for records in splits.values():
+        n = sum(record.id is None for record in records)
+        if 0 < n < len(records):
+            problems.add("images without an id, although others have one", cfg.captions, n)
+    number_images(splits)
     return splits
 
 
@@ -211,26 +235,25 @@ class Gathering:
         self.records: dict[str, dict[str, Record]] = {}  # split -> normal file name -> record
         self.folders: dict[str, str] = {}  # split -> absolute path of its images folder
         self.first: Record | None = None  # all have caption ids, or tokens, if the first has
-        self.ids, self.caption_ids = set(), set()
-        self.unnumbered = 0  # images without an id
+        self.ids: dict[tuple, set] = {}  # (split, images or captions) -> their ids
 
     def add(self, where: str, split: str, row: Record) -> None:
         """Check a row, and make it its image's record, or add its captions to that."""
         row.captions = [
             SPACES.sub(" ", c).strip(" ") if isinstance(c, str) else c for c in row.captions
         ]
-        faults = [fault for fault in map(text_problem, row.captions) if fault]
-        if not row.captions:
-            faults = ["none"]
-        for fault in faults:
-            if row.place and not self.cfg.embeddings:  # in a tar, nobody can repair a line
+        for fault in filter(None, map(text_problem, row.captions)):
+            if row.place:  # in a tar, nobody can repair a line
                 row.bad = f"caption: {fault}"
             else:
                 self.problems.add(f"bad caption ({fault})", where)
         path = self.normal_name(where, split, row.file_name)
         if not path:
             return
-        self.check_extras(where, row)
+        if row.captions:
+            self.check_extras(where, split, row)
+        else:
+            row.tokens = None
         record = self.records[split].setdefault(path, row)
         if record is row:
             self.check_image(where, split, row)
@@ -240,11 +263,11 @@ class Gathering:
         elif row.id is not None and row.id != record.id:
             self.problems.add("image with two ids", where, f"{row.file_name}: {row.id}")
         record.captions += row.captions
-        if record.tokens and row.tokens:
-            record.tokens += row.tokens
+        if row.tokens:
+            record.tokens = (record.tokens or []) + row.tokens
 
     def normal_name(self, where: str, split: str, name: str) -> str:
-        """Return a file name without `./` and the like, empty if it cannot be used."""
+        """Return a file name relative to the images folder, empty if it cannot be used."""
         if not (isinstance(split, str) and SPLIT_NAME.fullmatch(split)):
             self.problems.add("bad split name", where, split)
             return ""
@@ -255,10 +278,16 @@ class Gathering:
             self.records[split] = {}
             self.folders[split] = os.path.join(os.path.abspath(images_folder(self.cfg, split)), "")
         folder = self.folders[split]
-        if not os.path.abspath(os.path.join(folder, name)).startswith(folder):
-            self.problems.add("file name outside the images folder", where, name)
+        path = os.path.abspath(os.path.join(folder, name))
+        if not path.startswith(folder):
+            problem = "file name outside the images folder"
+            if os.path.isabs(name):  # as the other rows' names are, most likely
+                hint = f"names are relative to {folder}; --images=/ takes absolute ones"
+                self.problems.add(f"{problem} ({hint})", where, name)
+                self.problems.stop(self.cfg.captions)
+            self.problems.add(problem, where, name)
             return ""
-        path = os.path.normpath(name)
+        path = path.removeprefix(folder)
         others = (other for other in self.records if other != split)
         if any(path in self.records[o] and self.folders[o] == folder for o in others):
             self.problems.add("image in two splits", where, name)
@@ -270,26 +299,28 @@ class Gathering:
             file = locate(record, split, self.cfg)[0]
             if not os.path.isfile(file):
                 self.problems.add("no such image", where, file)
-        key = (split, record.id) if record.place else record.id  # shards restart ids per split
-        if record.id is None:
-            self.unnumbered += 1
-        elif not is_id(record.id):
-            self.problems.add("bad id", where, record.id)
-        elif key in self.ids:
-            self.problems.add("id of two images", where, record.id)
-        else:
-            self.ids.add(key)
+        if record.id is not None:
+            self.check_id(where, split, "images", record.id)
 
-    def check_extras(self, where: str, row: Record) -> None:
+    def check_id(self, where: str, split: str, what: str, value) -> None:
+        """Check that an id is of one image, or caption, of its split. The next one's begin anew."""
+        ids = self.ids.setdefault((split, what), set())
+        if type(value) is not int and text_problem(value):
+            self.problems.add("bad id", where, value)
+        elif value in ids:
+            self.problems.add(f"id of two {what}", where, value)
+        else:
+            ids.add(value)
+
+    def check_extras(self, where: str, split: str, row: Record) -> None:
         """Check caption ids and tokens; make tokens lists of ids."""
+        if row.caption_ids and None in row.caption_ids:
+            row.caption_ids = None
         first = self.first = self.first or row
         if bool(row.caption_ids) != bool(first.caption_ids):
             self.problems.add("caption ids for some images only", where)
         for caption_id in row.caption_ids or ():
-            if not is_id(caption_id) or caption_id in self.caption_ids:
-                self.problems.add("caption id bad or used twice", where, caption_id)
-            else:
-                self.caption_ids.add(caption_id)
+            self.check_id(where, split, "captions", caption_id)
         if (row.tokens is None) != (first.tokens is None):
             self.problems.add("tokens for some captions only", where)
         elif row.tokens is not None:
@@ -326,6 +357,17 @@ def open_text(path: str):
 COLUMNS = ("image", "caption", "id", "split", "tokens")  # of a CSV; keys of a JSON line
 
 
+def columns(names: list[str], where: str) -> list[str]:
+    """Return the names of columns or keys, Hugging Face's as ours unless ours are there too."""
+    for theirs, ours in (("file_name", "image"), ("text", "caption")):
+        if ours not in names and f"{ours}s" not in names:
+            names = [ours if name == theirs else name for name in names]
+    if "image" not in names or not {"caption", "captions"} & set(names):
+        got = ",".join(names)[:60]
+        raise UserError(f"{where}: expected a header or keys with image,caption, got `{got}`")
+    return names
+
+
 def read_csv(cfg, problems: Problems) -> Iterator[Row]:
     """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
     for split, path in caption_files(cfg):
@@ -354,10 +396,7 @@ def read_csv(cfg, problems: Problems) -> Iterator[Row]:
 
 
 def csv_header(cells: list[str], where: str) -> list[str]:
-    header = [name.strip().lower() for name in cells]
-    if not {"image", "caption"} <= set(header):
-        names = ",".join(header)[:60]
-        raise UserError(f"{where}: expected a header with image,caption, got `{names}`")
+    header = columns([name.strip().lower() for name in cells], where)
     for name in COLUMNS:
         if header.count(name) > 1:
             raise UserError(f"{where}: two columns are called {name}: rename one")
@@ -372,24 +411,34 @@ def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
                 where = f"{path}:{number}"
                 if not line.strip():
                     continue
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    problems.add("not JSON", where, error)
+                entry = json_object(where, line, problems)
+                if not entry:
                     continue
-                if not isinstance(entry, dict):
-                    problems.add("not a JSON object", where, line.strip())
-                elif {"caption", "captions"} <= set(entry):
+                entry = dict(zip(columns(list(entry), where), entry.values(), strict=True))
+                if {"caption", "captions"} <= set(entry):
                     problems.add("both `caption` and `captions`", where)
                 else:
                     yield row_of(entry, split, where)
 
 
+def json_object(where: str, text: str | bytes, problems: Problems) -> dict:
+    """Return the object that a text of JSON is; an empty one if it is none, which is a problem."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.add("not JSON", where, error)
+        return {}
+    if isinstance(content, dict):
+        return content
+    problems.add("not a JSON object", where, content)
+    return {}
+
+
 def row_of(entry: dict, split: str, where: str) -> Row:
     """Return the Row of a CSV's or JSONL's line; `tokens` has as many items as `captions`."""
-    captions, tokens = entry.get("captions"), entry.get("tokens")
+    captions, tokens = entry.get("captions", entry.get("caption")), entry.get("tokens")
     if not isinstance(captions, list):
-        captions = [entry.get("caption")]
+        captions = [captions]
         if tokens is not None:
             tokens = [tokens]
     record = Record(entry.get("id"), entry.get("image"), captions, tokens=tokens)
@@ -398,6 +447,10 @@ def row_of(entry: dict, split: str, where: str) -> Row:
 
 # Headers of Flickr8k's captions.txt and of Flickr30k's captions.txt and results.csv.
 FLICKR_HEADER = re.compile(r"image(_name)?([,|]) ?(comment_number\2 ?)?(caption|comment)")
+# What is wrong in the files as they were published: Flickr8k's has captions of x.jpg.1, an image
+# that it lacks, and one line of Flickr30k's has no bar between number and caption.
+UNPUBLISHED = re.compile(r".+\.jpg\.[0-9]")
+NO_BAR = re.compile(r" *([0-9]+) +(.+)")
 
 
 def read_flickr(cfg, problems: Problems) -> Iterator[Row]:
@@ -413,9 +466,16 @@ def read_flickr(cfg, problems: Problems) -> Iterator[Row]:
                     comma, columns = header[2], 3 if header[3] else 2
                 elif "\t" in line:
                     name, _, caption = line.partition("\t")
-                    yield where, split, Record(None, name.rpartition("#")[0] or name, [caption])
+                    name = name.rpartition("#")[0] or name
+                    if UNPUBLISHED.fullmatch(name):
+                        problems.add("left out, of an image never published", where, line, True)
+                    else:
+                        yield where, split, Record(None, name, [caption])
                 elif line:
                     cells = line.split(comma, columns - 1)
+                    if len(cells) == 2 < columns and (parts := NO_BAR.fullmatch(cells[1])):
+                        problems.add(f"`{comma}` put after a number", where, line, True)
+                        cells[1:] = parts.groups()
                     if len(cells) < columns:
                         problems.add(f"neither a tab nor {columns} columns", where, line)
                         continue
@@ -436,10 +496,6 @@ def entries(content, name: str, path: str, problems: Problems) -> Iterator[tuple
             problems.add("not a JSON object", f"{path}: {name}[{i}]", entry)
 
 
-def all_or_none(caption_ids: list) -> list | None:
-    return None if None in caption_ids else caption_ids
-
-
 def read_karpathy(cfg, problems: Problems) -> Iterator[Row]:
     """Karpathy's JSON of COCO, Flickr8k or Flickr30k (2015); `restval` joins train."""
     for _, path in caption_files(cfg):
@@ -456,13 +512,15 @@ def read_karpathy(cfg, problems: Problems) -> Iterator[Row]:
             captions = [sentence.get("raw") for sentence in sentences]
             caption_ids = [sentence.get("sentid") for sentence in sentences]
             image_id = image.get("cocoid", image.get("imgid"))
-            yield where, split, Record(image_id, name, captions, all_or_none(caption_ids))
+            yield where, split, Record(image_id, name, captions, caption_ids)
 
 
 def read_coco(cfg, problems: Problems) -> Iterator[Row]:
     """COCO's caption annotations, one file per split."""
     for split, path in caption_files(cfg):
         content = read_json(path)
+        if isinstance(content, dict):  # the files of test images have no annotations
+            content["annotations"] = content.get("annotations") or []
         annotations: dict = {}  # image id -> its annotations
         for where, annotation in entries(content, "annotations", path, problems):
             image_id = annotation.get("image_id")
@@ -477,7 +535,7 @@ def read_coco(cfg, problems: Problems) -> Iterator[Row]:
             captions = [annotation.get("caption") for annotation in own]
             caption_ids = [annotation.get("id") for annotation in own]
             name = image.get("file_name")
-            yield where, split, Record(image_id, name, captions, all_or_none(caption_ids))
+            yield where, split, Record(image_id, name, captions, caption_ids)
         for image_id in annotations:
             problems.add("captions of an image that is not listed", path, f"image_id {image_id}")
 
@@ -486,7 +544,8 @@ def read_shards(cfg, problems: Problems) -> Iterator[Row]:
     """Tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json's "caption".
 
     `captions` is a folder of .tar files, or a glob pattern. Nothing is unpacked: images are read
-    in place, from the tar. Members of other types are ignored.
+    in place, from the tar. Members of other types are ignored. An image's id is its KEY, or if keys
+    begin anew in each tar, TAR/KEY.
     """
     root = re.match(r"[^*?\[{]*/|", cfg.captions)[0]  # names are relative to the fixed part
     for split, pattern in caption_files(cfg):
@@ -497,9 +556,15 @@ def read_shards(cfg, problems: Problems) -> Iterator[Row]:
         paths = sorted(glob.glob(pattern))
         if not paths:
             raise UserError(f"{pattern}: no .tar files")
+        rows = []
         for path in paths:
-            for where, record in read_shard(path, path[len(root) :], problems):
-                yield where, split, record
+            name = path[len(root) :]
+            rows += [(name, *row) for row in read_shard(path, name, problems)]
+        is_repeated = len({record.id for _, _, record in rows}) < len(rows)
+        for name, where, record in rows:
+            if is_repeated:
+                record.id = f"{name.removesuffix('.tar')}/{record.id}"
+            yield where, split, record
 
 
 def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, Record]]:
@@ -508,7 +573,7 @@ def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, 
     for where, member, text in tar_members(path, problems):
         key, suffix = os.path.splitext(os.path.normpath(member.name))
         suffix = suffix.lower()
-        if suffix in (".jpg", ".jpeg", ".png", ".webp"):
+        if suffix in IN_TARS:
             suffix = "image"
         sample = samples.setdefault(key, {})
         if suffix in sample:
@@ -516,29 +581,24 @@ def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, 
         sample[suffix] = (where, member, text)
     for key, sample in samples.items():
         first = next(iter(sample.values()))[0]
-        content = {}
-        if ".json" in sample:
-            content = parsed(*sample[".json"], problems)
-        caption = content.get("caption")
+        caption = None
         if ".txt" in sample:
-            caption = sample[".txt"][2].decode("utf-8", "surrogateescape")
+            caption = sample[".txt"][2].decode("utf-8-sig", "surrogateescape")
+        elif ".json" in sample:
+            where, _, text = sample[".json"]
+            caption = json_object(where, text, problems).get("caption")
         if "image" in sample:
             member = sample["image"][1]
             place = (path, member.offset_data, member.size)
-            image_id = content.get("key") or key
-            yield first, Record(image_id, f"{name}/{member.name}", [caption], place=place)
+            record = Record(key, f"{name}/{member.name}", [caption], place=place)
+            if caption is None:
+                record.captions = []
+                if others := " ".join(sorted(set(sample) - {"image"})):
+                    expected = "KEY.txt or `caption` in KEY.json"
+                    record.bad = f"caption: missing (expected {expected}, found {others})"
+            yield first, record
         elif ".txt" in sample or ".json" in sample:
             problems.add("captions without an image", first, key)
-
-
-def parsed(where: str, member: tarfile.TarInfo, text: bytes, problems: Problems) -> dict:
-    """Return what is in the JSON of a shard, an empty dict if it is not an object."""
-    try:
-        content = json.loads(text or b"{}")
-    except (ValueError, RecursionError) as error:
-        problems.add("not JSON", where, error)
-        content = {}
-    return content if isinstance(content, dict) else {}
 
 
 def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
@@ -550,6 +610,8 @@ def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.Ta
         with tarfile.open(path, "r:") as tar:
             for i, member in enumerate(tar):
                 where, text = f"{path}: member {i}", b""
+                if MACOS.search(member.name):
+                    continue
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     problems.add("file name outside the tar", where, member.name)
                 elif member.isdir():

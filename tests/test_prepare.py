@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -96,6 +97,45 @@ def test_own_embeddings_and_their_mistakes(here, capsys):
     with pytest.raises(UserError, match="e.npy: not a .npy array"):
         prepare.main(Config(**options))
     assert made() == before
+
+
+def test_rows_of_zeros_are_bad_images(here, capsys):
+    """ClipCap's scripts write zeros for a broken image; they were trained on without a word."""
+    source = many(here, 5, 3)
+    options = source | dict(images="", embeddings="e.npy", embedding_names="names.txt")
+    names = [f"train{i}.png" for i in range(5)] + [f"val{i}.png" for i in range(3)]
+    array = np.random.default_rng(0).standard_normal((8, 5), np.float32)
+    array[[3, 5]] = 0
+    array[6] *= 1e-12  # zeros in half precision
+    np.save("e.npy", array)
+    Path("names.txt").write_text("\n".join(names))
+    with pytest.raises(UserError, match="3 of 8 images cannot be used, more than max_bad=0.01"):
+        prepare.main(Config(**options))
+    prepare.main(Config(**options, max_bad=0.5))
+    assert "left out 3 of 8 images, listed in data/mine/skipped.csv" in capsys.readouterr().out
+    assert Path("data/mine/skipped.csv").read_text().splitlines()[1:] == [
+        "train,3,train3.png,embedding of zeros",
+        "val,5,val0.png,embedding of zeros", "val,6,val1.png,embedding of zeros",
+    ]  # fmt: skip
+    for split, rows in (("train", [0, 1, 2, 4]), ("val", [7])):
+        opened = Split("data/mine", split)
+        assert [i["file_name"] for i in opened.references()[0]] == [names[i] for i in rows]
+        assert (opened.embeddings[:, 0] == array[rows].astype(np.float16)).all()
+
+
+@pytest.mark.parametrize("kind", ["pt", "npz", "pkl", "npy"])
+def test_arrays_of_other_formats_say_how_to_make_one_of_ours(here, kind):
+    options = many(here, 3) | dict(images="", embeddings=f"e.{kind}", embedding_names="train.csv")
+    if kind == "pt":
+        torch.save(torch.zeros(3, 2), "e.pt")
+    elif kind == "npz":
+        np.savez("e.npz", x=np.zeros((3, 2)))
+    elif kind == "pkl":
+        Path("e.pkl").write_bytes(pickle.dumps([np.zeros(2)] * 3))
+    else:
+        np.save("e.npy", np.array([{}, [], None], dtype=object))
+    with pytest.raises(UserError, match=rf"e.{kind}: not a .npy array: write one by np.save\("):
+        prepare.main(Config(**options))
 
 
 # ---------------------------------------------------------------------------------------------
