@@ -7,6 +7,7 @@ tokenizer.model          sentencepiece BPE, trained on the training captions onl
 <split>_offsets.npy      int64, two lists end to end: the first caption of each image, the first
                          token of each caption; each list ends with its total
 <split>.json             images and references in COCO's caption annotation format
+encoding.json            what the embeddings were made by, so that prepare.py can use them again
 
 Letters are model.py's: B images, S caption tokens in a row, M targets, D an embedding's width.
 """

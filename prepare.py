@@ -11,7 +11,7 @@
 Four phases: read and check the source, train the tokenizer on the training captions, encode each
 image once, and write `data/<dataset>/`. Its meta.json comes last, and an earlier dataset there
 stays whole until then. If it is interrupted, the same command resumes and produces identical
-files. Images that cannot be read or have no
+files; on a finished dataset, it encodes nothing again. Images that cannot be read or have no
 caption, and in tar shards captions that cannot be used, are left out and listed in
 `data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
 """
@@ -41,7 +41,7 @@ from configurator import Config, configure
 from data import Meta, Tokenizer, write_split
 from parts import encoder as clip
 from parts import sources
-from parts.common import UserError, naming, read_json, replacing, run, sync, write_text
+from parts.common import UserError, fingerprint, naming, read_json, replacing, run, sync, write_text
 from parts.device import Device
 from parts.sources import Record
 
@@ -54,11 +54,11 @@ def main(cfg: Config) -> None:
     with device.owning(cfg.data_dir / "lock", f"prepare.py is writing {cfg.data_dir}/"):
         splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
         if not cfg.embeddings:
-            files, facts = encode(splits, cfg, device)
+            files, facts, encoding = encode(splits, cfg, device)
         elif device.is_first:
-            files, facts = copy_embeddings(splits, cfg)
+            files, facts, encoding = copy_embeddings(splits, cfg)
         if device.is_first:
-            finish(splits, files, tokenizer, cfg, facts)
+            finish(splits, files, tokenizer, cfg, facts, encoding)
     device.close()
 
 
@@ -197,12 +197,8 @@ def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
     made_by = made_by | {"shapes": json.loads(json.dumps(shapes))}
     resumes = False
     if (folder / "made_by.json").is_file():
-        resumes = read_json(folder / "made_by.json") == made_by
-        for split in shapes if resumes else ():
-            final, part = cfg.data_dir / f"{split}_embeddings.npy", folder / f"{split}.npy"
-            if not part.exists() and final.exists() and not (cfg.data_dir / "meta.json").exists():
-                os.replace(final, part)  # `finish` was cut off
-            resumes = resumes and part.exists()
+        is_same = read_json(folder / "made_by.json") == made_by
+        resumes = is_same and all((folder / f"{split}.npy").exists() for split in shapes)
         if not resumes:
             print("settings, images or versions differ from the unfinished run's: starting over")
     if not resumes:
@@ -216,25 +212,28 @@ def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
     return mark
 
 
-def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict[str, EmbeddingFile], dict]:
-    """Encode the images with CLIP, and drop the records of bad ones.
+def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict, dict, dict]:
+    """Encode the images with CLIP, unless that is done, and drop the records of bad ones.
 
-    Return, on rank 0, each split's file and the encoding's facts for meta.json.
+    Return, on rank 0, each split's file, the facts for meta.json, and what encoding.json is to say.
     """
     encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
     P, D = encoder.n_positions, encoder.embedding_dim
     shapes = {split: (len(records), P, D) for split, records in splits.items()}
     folder = cfg.data_dir / "encoding"
-    mark = device.on_first(lambda: create_files(cfg, made_by(splits, cfg, encoder), shapes))
-    is_shared = (folder / "run").is_file() and (folder / "run").read_text() == mark
-    if not all(device.gather(is_shared)):
-        raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
-    files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
-    encode_missing(splits, files, encoder, cfg, device)
-    device.meet()
+    origin = device.on_first(lambda: made_by(splits, cfg, encoder))
+    files, bad = device.on_first(lambda: earlier_encoding(cfg, origin))
+    if not files:
+        mark = device.on_first(lambda: create_files(cfg, origin, shapes))
+        is_shared = (folder / "run").is_file() and (folder / "run").read_text() == mark
+        if not all(device.gather(is_shared)):
+            raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
+        files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
+        encode_missing(splits, files, encoder, cfg, device)
+        device.meet()
     if not device.is_first:
-        return {}, {}
-    bad = list_bad(splits, files)
+        return {}, {}, {}
+    bad = bad or list_bad(splits, files)
     drop_bad(splits, files, bad, cfg)
     for split in splits:
         # Rows and records are still aligned: the last row is what the last image gives.
@@ -242,7 +241,31 @@ def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict[str, Embed
         last = torch.tensor(files[split].rows()[-1:])
         assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
     facts = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
-    return files, facts | {"features": cfg.features, "grid": cfg.grid}
+    facts |= {"features": cfg.features, "grid": cfg.grid}
+    return files, facts, {"made_by": origin, "bad": bad}
+
+
+def earlier_encoding(cfg: Config, made_by: dict) -> tuple[dict[str, EmbeddingFile], dict]:
+    """Return each split's file and its bad rows, of a finished encoding that was `made_by` the
+    same; nothing if there is none.
+
+    Its files are in place, or if `finish` was cut off, still in data/<dataset>/encoding.
+    """
+    path = cfg.data_dir / "encoding.json"
+    earlier = read_json(path) if path.is_file() else {}
+    if earlier.get("made_by") != made_by:
+        return {}, {}
+    files, bad = {}, {}
+    for split, sample in earlier["files"].items():
+        in_place = cfg.data_dir.glob(f"{split}_embeddings.npy")
+        for file in (*in_place, *cfg.data_dir.glob(f"encoding/{split}*.npy")):
+            if fingerprint(file) == sample:
+                files[split] = EmbeddingFile(file.parent, file.stem)
+        bad[split] = {int(row): reason for row, reason in earlier["bad"][split].items()}
+    if files.keys() != bad.keys():
+        return {}, {}
+    print(f"the images are encoded already, as {path} says")
+    return files, bad
 
 
 def made_by(splits: Splits, cfg: Config, encoder) -> dict:
@@ -255,7 +278,8 @@ def made_by(splits: Splits, cfg: Config, encoder) -> dict:
     for split, records in splits.items():
         for record in records:
             path, *part = sources.locate(record, split, cfg)
-            sha.update(repr((path, part, stat(path).st_size, stat(path).st_mtime_ns)).encode())
+            status = (stat(path).st_size, stat(path).st_mtime_ns)
+            sha.update(repr((split, path, part, *status, record.bad)).encode())
     return {
         "images": sha.hexdigest(), "encoder": encoder.digest(), "features": cfg.features,
         "grid": cfg.grid, "batch": cfg.encode_batch, "device": encoder.device.type,
@@ -361,7 +385,7 @@ def drop_bad(splits: Splits, files: dict[str, EmbeddingFile], bad: dict, cfg: Co
 # 3. or, instead of encoding: the user's own embeddings
 
 
-def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict[str, EmbeddingFile], dict]:
+def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict, dict, dict]:
     """Copy the rows of the user's array to the splits, by file name.
 
     Drop rows of zeros, which some programs write for an image that they could not read. Return what
@@ -400,7 +424,7 @@ def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict[str, EmbeddingFil
         for row in np.flatnonzero(largest == 0).tolist():
             bad[split].setdefault(row, "embedding of zeros")
     drop_bad(splits, files, bad, cfg)
-    return files, {"encoder": "", "features": "pooled" if P == 1 else "grid", "grid": 0}
+    return files, {"encoder": "", "features": "pooled" if P == 1 else "grid", "grid": 0}, {}
 
 
 NOT_NPY = (
@@ -440,8 +464,9 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def finish(
-    splits: Splits, files: dict[str, EmbeddingFile], tokenizer: Tokenizer, cfg: Config, facts: dict
-) -> None:
+    splits: Splits, files: dict[str, EmbeddingFile], tokenizer: Tokenizer, cfg: Config,
+    facts: dict, encoding: dict,
+) -> None:  # fmt: skip
     """Write all that is missing, then move everything into place, meta.json last.
 
     Keeps the old dataset intact until the last moment; safe to repeat.
@@ -452,6 +477,8 @@ def finish(
     with replacing(ready / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
     counts = {split: write_split(ready, split, splits[split], tokenizer) for split in splits}
+    samples = {split: fingerprint(file.path) for split, file in files.items()}
+    write_text(folder / "encoding.json", json.dumps(encoding | {"files": samples}))
     (folder / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
     for split, file in files.items():
         os.replace(file.path, folder / f"{split}_embeddings.npy")

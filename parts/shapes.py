@@ -9,6 +9,7 @@ fact; its words and their order vary. Four colour-shape pairs (`NOVEL`) occur in
 neither the captioner's nor CLIP's.
 """
 
+import io
 import itertools
 import math
 import random
@@ -353,7 +354,10 @@ def build(images: Path, counts: dict[str, int], seed: int) -> dict[str, list[dic
             rng = random.Random(f"{seed}/{split}/{i}")
             scene = make_scene(rng, novel=split == "novel")
             name = f"{split}/{i:05d}.png"
-            render(scene, rng).save(images / name)
+            image = io.BytesIO()
+            render(scene, rng).save(image, "png")
+            if not (images / name).is_file() or (images / name).read_bytes() != image.getvalue():
+                (images / name).write_bytes(image.getvalue())  # or its embedding stays valid
             captions = write_captions(scene, rng)
             facts = scene_facts(scene)
             splits[split].append({"file_name": name, "captions": captions, "facts": facts})

@@ -297,6 +297,9 @@ def test_two_processes_and_a_kill_change_nothing(undisturbed, tmp_path):
     assert made(folder / "data/mine") == expected
 
 
+SPLITS = ("train", "val")
+
+
 class Stop(Exception):
     pass
 
@@ -352,6 +355,95 @@ def test_a_rerun_with_other_settings_or_images_starts_over(half_done, here, caps
     x = Encoder(options["clip"])([read_image(here / "photos" / "train0.png")])
     y = torch.tensor(Split("data/mine", "train").embeddings[:1])
     torch.testing.assert_close(x.float(), y.float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.fixture
+def finished(half_done, here):
+    """A dataset made without an interruption but of the first run, with one bad image."""
+    options, encoded = half_done
+    (here / "photos" / "train3.png").write_bytes(b"")
+    options = options | {"max_bad": 0.5}
+    assert rerun(options, encoded) == 6
+    return options, encoded
+
+
+def test_a_finished_encoding_is_used_again(finished, capsys):
+    """Running prepare.py again, or with another vocabulary, encoded every image again."""
+    options, encoded = finished
+    before = made()
+    assert rerun(options, encoded) == 0 and made() == before
+    assert "the images are encoded already" in capsys.readouterr().out
+    text = Path("train.csv").read_text().replace("photo", "PICTURE")
+    Path("train.csv").write_text(text)
+    for change in ({"vocab_size": 30}, {"lowercase": True}):
+        assert rerun(options | change, encoded) == 0
+        after = made()
+        assert all(after[f"{s}_embeddings.npy"] == before[f"{s}_embeddings.npy"] for s in SPLITS)
+        assert after["skipped.csv"] == before["skipped.csv"]
+        opened = Split("data/mine", "train")
+        assert len(opened.references()[1]) == 19 and opened.references()[1][3] == ["PICTURE train4"]
+        assert opened.meta.lowercase == bool(change.get("lowercase"))
+    with pytest.raises(UserError, match="1 of 24 images cannot be used"):
+        rerun(options | {"max_bad": 0.0}, encoded)
+
+
+def test_other_settings_or_images_are_encoded_anew(finished, here):
+    options, encoded = finished
+    assert rerun(options | {"features": "grid"}, encoded) == 6
+    assert rerun(options, encoded) == 6
+    before = made()
+    picture(20, 30, 99).save(here / "photos" / "train0.png")
+    assert rerun(options, encoded) == 6
+    assert made()["train_embeddings.npy"] != before["train_embeddings.npy"]
+    with open("data/mine/val_embeddings.npy", "rb+") as file:  # not what was encoded
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\1\1")
+    assert rerun(options, encoded) == 6
+    assert made()["val_embeddings.npy"] == before["val_embeddings.npy"]
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 30}, {"features": "grid"}])
+def test_a_kill_at_any_file_leaves_the_old_dataset_or_a_resumable_one(
+    finished, monkeypatch, change
+):
+    options, encoded = finished
+    shutil.copytree("data", "old")
+    rerun(options | change, encoded)
+    expected, real = made(), os.replace
+    for step in range(99):
+        shutil.rmtree("data")
+        shutil.copytree("old", "data")
+        calls = []
+
+        def replace(a, b, calls=calls, step=step):
+            calls.append(b)
+            if len(calls) > step:
+                raise Stop
+            real(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                rerun(options | change, encoded)
+            except Stop:
+                pass
+            else:
+                break  # there are no more files
+        if Path("data/mine/meta.json").exists():
+            assert Split("data/mine", "train").meta == Meta.read(Path("old/mine"))
+        again = rerun(options | change, encoded)
+        assert again == 0 or "features" in change and len(calls) <= 6
+        assert made() == expected
+    assert step > 15
+
+
+def test_the_built_in_scenes_are_encoded_once(here, clip, monkeypatch):
+    """Each run wrote their images anew, so that nothing was resumed or used again."""
+    options = dict(dataset="mine", shapes_train=3, shapes_eval=2, clip=clip, workers=0)
+    prepare.main(Config(**options))
+    monkeypatch.setattr(prepare, "encode_missing", None)
+    prepare.main(Config(**options, vocab_size=60))
+    assert Split("data/mine", "novel").meta.vocab_size == 60
 
 
 @pytest.mark.parametrize("bad", [False, True])
