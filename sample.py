@@ -126,9 +126,7 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
         f"{captioner.device.torch_device}"
     )
     if cut := sum(p.get("cut", False) for p in predictions):
-        print(
-            f"{cut} of {len(predictions)} captions were cut at their longest length: see --max_len"
-        )
+        print(f"{cut} of {len(predictions)} captions were cut before their end: raise --max_len")
     if scores:
         print(json.dumps({"split": cfg.split, "images": len(predictions), **scores}))
     if skipped:

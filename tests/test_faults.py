@@ -419,6 +419,7 @@ def test_any_arguments_end_in_success_or_one_clear_line(trained, tmp_path, monke
             here = tmp_path / "a" / "b" / "here"  # deep, for what is written to `..`
             shutil.copytree(trained, here, symlinks=True)
             monkeypatch.chdir(here)
+            monkeypatch.setenv("HOME", str(here))  # for `~`
             Path("made.py").write_text(made_config(chance))
             Path("made.yaml").write_text(made_config(chance))
             args = arguments(chance, script)

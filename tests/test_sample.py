@@ -162,7 +162,7 @@ def test_long_captions_are_whole_or_counted(here, no_java, capsys):
     assert sample.main(cfg)["Bleu_4"] > 0.99
     assert "were cut" not in capsys.readouterr().out
     sample.main(replace(cfg, max_len=50))
-    said = "\n8 of 8 captions were cut at their longest length: see --max_len\n"
+    said = "\n8 of 8 captions were cut before their end: raise --max_len\n"
     assert said in capsys.readouterr().out
 
 
