@@ -40,7 +40,7 @@ class Decoding:
     top_k: int = 0  # sample: only from the k most likely tokens, 0 = all; topk: 0 = 50
     top_p: float = 1.0  # sample: only from the most likely tokens that together reach p
     min_len: int = 1  # minimum caption length in tokens
-    max_len: int = 0  # maximum; 0: of the longest caption learned from, or 40, if it fits the model
+    max_len: int = 0  # maximum; 0: the data's longest caption or 40, as the model has room
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice, 0 = off
     seed: int = 0  # of sampling
 

@@ -161,10 +161,9 @@ def move_earlier_run(folder: Path) -> None:
     if names in ([], ["log.jsonl"]):  # nothing was trained
         return
     previous = folder / "previous"
-    for number in itertools.count(2):
-        if not previous.exists():
-            break
-        previous = folder / f"previous-{number}"
+    numbers = itertools.count(2)
+    while previous.exists():
+        previous = folder / f"previous-{next(numbers)}"
     previous.mkdir()
     for name in names:
         os.replace(folder / name, previous / name)

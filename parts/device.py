@@ -211,8 +211,8 @@ def computes_in_bfloat16(device_type: str) -> bool:
 class Signals:
     """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
-    So does SIGHUP, of a terminal or connection that is lost, however often: the shell sends one,
-    and the system another. nohup has it ignored.
+    SIGHUP, of a terminal or connection that is lost, only asks: the shell sends one, and the system
+    another. nohup has it ignored.
 
     A scheduler may signal torchrun and its processes, and torchrun passes its own on to them:
     what comes within `echo` seconds of the first is the same signal.
