@@ -486,6 +486,8 @@ class Evaluator:
         """Return greedy captions of this rank's share of `images`, and how many of them ended."""
         captions = []
         ended = 0
+        tokenizer = self.split.tokenizer
+        longest = self.split.meta.longest_caption
         own = self.images[self.device.rank :: self.device.world]
         for i in range(0, len(own), self.BATCH):
             if should_stop():
@@ -493,11 +495,8 @@ class Evaluator:
             embeddings = self.split.embedding(own[i : i + self.BATCH])
             embeddings = embeddings.to(self.device.torch_device)
             with self.device.autocast():
-                best = generate(
-                    self.model, embeddings, self.split.tokenizer, Decoding(),
-                    longest=self.split.meta.longest_caption,
-                )  # fmt: skip
-            captions += [self.split.tokenizer.decode(caption.ids) for (caption,) in best]
+                best = generate(self.model, embeddings, tokenizer, Decoding(), longest=longest)
+            captions += [tokenizer.decode(caption.ids) for (caption,) in best]
             ended += sum(caption.ended for (caption,) in best)
         return captions, ended
 
