@@ -4,6 +4,7 @@
     python metrics.py predictions.csv references.json          # our own CSV
     python metrics.py predictions.json references.json --java  # the toolkit's tokenizer
     python metrics.py predictions.json references.json --df=train.json  # document frequencies
+    python metrics.py predictions.json references.json --tokens=characters  # Chinese, Thai, …
 
 The last line is JSON. Scores are fractions, as the toolkit prints them (CIDEr-D is 0 to 10).
 """
@@ -19,6 +20,7 @@ import json
 import re
 import shutil
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import sacrebleu
 
-from configurator import configure
+from configurator import configure, one_of
 from parts.common import UserError, read_json, run
 
 VERSION = "1.1"  # of the scores: raised whenever a change here can move one
@@ -216,8 +218,10 @@ class CiderD:
 # All metrics together; METEOR and `java` need the toolkit's Java programs
 
 
-def java_missing() -> str | None:
-    """Return None if the toolkit's Java programs can run, else one line on how to get them."""
+def java_missing(tokens: str = "words") -> str | None:
+    """Return None if the toolkit's Java programs can run, else one line on what they need."""
+    if tokens == "characters":
+        return "METEOR and --java count words: leave out --tokens=characters"
     package = importlib.util.find_spec("pycocoevalcap")
     needed = {"java": shutil.which("java"), "pycocoevalcap": package}
     missing = " and ".join(name for name, place in needed.items() if not place)
@@ -255,20 +259,23 @@ def some(ids: Sequence) -> str:
     return "for example " + ", ".join(map(repr, ids[:3]))
 
 
-def token_strings(groups: Iterable[Sequence[str]], java: bool = False) -> list[list[str]]:
+def token_strings(
+    groups: Iterable[Sequence[str]], java: bool = False, tokens: str = "words"
+) -> list[list[str]]:
     """Return groups of captions as groups of token strings."""
     groups = list(groups)
     captions = [caption for group in groups for caption in group]
     if java:
         strings = iter(java_tokenize(captions))
     else:
-        strings = (" ".join(tokenize(caption)) for caption in captions)
+        split = characters if tokens == "characters" else tokenize
+        strings = (" ".join(split(caption)) for caption in captions)
     return [[next(strings) for _ in group] for group in groups]
 
 
 def score(
-    hypotheses: Mapping, references: Mapping, *,
-    java: bool = False, meteor: bool = False, document_frequencies: CiderD | None = None,
+    hypotheses: Mapping, references: Mapping, *, java: bool = False, meteor: bool = False,
+    document_frequencies: CiderD | None = None, tokens: str = "words",
 ) -> tuple[dict[str, float | None], dict]:  # fmt: skip
     """Return the scores of {id: caption} against {id: captions}, by the toolkit's names (NAMES).
 
@@ -276,6 +283,7 @@ def score(
     than are scored: CIDEr's document frequencies come from all of them, so that a part of a split
     is scored like the whole, or else from `document_frequencies`. `java` tokenizes with the
     toolkit's program. `meteor` runs its METEOR; without it, the corpus has None, an image nothing.
+    `tokens` is "words" or "characters".
     Raise UserError if a caption has no references, or if there is no caption or no Java.
     """
     if (java or meteor) and java_missing():
@@ -288,8 +296,8 @@ def score(
     if not hypotheses:
         raise UserError("there are no captions to score")
 
-    (captions,) = token_strings([hypotheses.values()], java)
-    groups = token_strings(references.values(), java)
+    (captions,) = token_strings([hypotheses.values()], java, tokens)
+    groups = token_strings(references.values(), java, tokens)
     index = {i: n for n, i in enumerate(references)}
     images = [index[i] for i in hypotheses]
     own = [groups[n] for n in images]
@@ -312,7 +320,9 @@ def score(
     return dict.fromkeys(NAMES) | named(corpus), dict(zip(hypotheses, per_image, strict=True))
 
 
-def signature(hypotheses, references, java=False, meteor=False, document_frequencies=None) -> str:
+def signature(
+    hypotheses, references, java=False, meteor=False, document_frequencies=None, tokens="words"
+) -> str:
     """Return how `score` computes, given the same arguments. Scores compare if they share it."""
     counts = {len(references[i]) for i in hypotheses}  # references per image
     refs = "-".join(map(str, sorted({min(counts), max(counts)})))
@@ -320,6 +330,8 @@ def signature(hypotheses, references, java=False, meteor=False, document_frequen
     if document_frequencies is not None:
         df = f"given({document_frequencies.df_images})"
     tok = "ptb-java" if java else "ptb-regex"
+    if tokens == "characters":
+        tok = tokens
     version = "1.5-java" if meteor else "no"
     return (
         f"nanocaption:{VERSION}|tok:{tok}|refs:{refs}|df:{df}"
@@ -336,9 +348,13 @@ class MetricsConfig:
     predictions: str  # COCO results (.json) or our CSV, one caption per image
     references: str  # COCO annotations (.json) of at least these images
     java: bool = False  # tokenize with the toolkit's program
+    tokens: str = "words"  # words, or characters for scripts without spaces
     # Where CIDEr counts document frequencies: in all of the references, in those of the scored
     # images (the toolkit's way), or in another annotation file
     df: str = "references"  # references scored <file>
+
+    def __post_init__(self):
+        one_of(self, "tokens", "words characters")
 
 
 def read_rows(path: str) -> list[dict]:
@@ -397,7 +413,7 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
 
 
 def main(cfg: MetricsConfig) -> None:
-    missing = java_missing()
+    missing = java_missing(cfg.tokens)
     if cfg.java and missing:
         raise UserError(missing)
     references, references_not_text = read_references(cfg.references)
@@ -408,8 +424,10 @@ def main(cfg: MetricsConfig) -> None:
             counted = {i: references[i] for i in hypotheses}
         else:
             counted, _ = read_references(cfg.df)
-        frequencies = CiderD(token_strings(counted.values(), cfg.java), tokenize=str.split)
-    options = {"java": cfg.java, "meteor": not missing, "document_frequencies": frequencies}
+        groups = token_strings(counted.values(), cfg.java, cfg.tokens)
+        frequencies = CiderD(groups, tokenize=str.split)
+    options = {"java": cfg.java, "tokens": cfg.tokens, "meteor": not missing}
+    options["document_frequencies"] = frequencies
     corpus, _ = score(hypotheses, references, **options)
     counts = {
         "images": len(hypotheses),
@@ -430,6 +448,8 @@ def main(cfg: MetricsConfig) -> None:
             f"CIDEr counts document frequencies in all {len(references):,} reference images; the "
             f"toolkit counts them in the {len(hypotheses):,} scored ones: --df=scored"
         )
+    if cfg.tokens == "words" and lack_spaces(hypotheses.values()):
+        print(SPACES_MISSING)
     line = {"signature": signature(hypotheses, references, **options), "counts": counts}
     print(json.dumps(corpus | line))
 
@@ -495,6 +515,29 @@ RENAMED = {
 def tokenize(caption: str) -> list[str]:
     """Return the lower-case tokens of a caption, as the toolkit's Java tokenizer leaves them."""
     return [token for chunk in CHUNK.findall(caption) for token in tokenize_chunk(chunk)]
+
+
+# Thai and Lao, Burmese, Khmer, kana, Han
+SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+SPACES_MISSING = (
+    "these captions are in a script without spaces, of which the toolkit makes one token per "
+    "sentence: score characters, --tokens=characters"
+)
+
+
+def lack_spaces(captions: Iterable[str]) -> bool:
+    """Return whether most captions are in a script without spaces between words."""
+    return bool(np.mean([bool(SPACELESS.search(caption)) for caption in captions]) > 0.5)
+
+
+def tokenizer_for(references: Iterable[Sequence[str]]):
+    """Return `characters` for groups of captions without spaces, else `tokenize`."""
+    return characters if lack_spaces(itertools.chain.from_iterable(references)) else tokenize
+
+
+def characters(caption: str) -> list[str]:
+    """Return the letters, marks and digits of a caption, in lower case."""
+    return [c for c in caption.lower() if unicodedata.category(c)[0] in "LMN"]
 
 
 @functools.lru_cache(maxsize=1 << 16)  # captions repeat their words

@@ -26,7 +26,7 @@ import torch
 
 from data import Order, Split, pack_rows
 from decode import Caption, Decoding, generate
-from metrics import VERSION, CiderD
+from metrics import VERSION, CiderD, tokenizer_for
 from model import ClipLM
 from parts.device import Device
 
@@ -47,7 +47,8 @@ class SelfCritical:
         room = model.cfg.block_size - model.cfg.prefix_length
         self.max_len = min(max(40, split.meta.longest_caption), room - 1)  # bos takes a position
         _, references = split.references()
-        self.cider = CiderD(references, end_token=True)
+        split_text = tokenizer_for(references)
+        self.cider = CiderD(references, end_token=True, tokenize=split_text)
 
     def batches(self, order: Order, steps: range) -> Iterator[tuple[list[dict], dict]]:
         """Yield, for each step, this rank's micro-batches and the counts of the whole batch.

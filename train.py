@@ -432,7 +432,8 @@ class Evaluator:
         chosen = np.linspace(0, images - 1, min(cfg.eval_images or images, images))
         self.images = np.unique(chosen.astype(np.int64))  # spread evenly, the same every time
         _, self.references = split.references()
-        self.cider = metrics.CiderD(self.references)  # document frequencies of the whole split
+        split_text = metrics.tokenizer_for(self.references)
+        self.cider = metrics.CiderD(self.references, tokenize=split_text)  # of the whole split
         self.n_samples = cfg.samples
 
     @torch.inference_mode()

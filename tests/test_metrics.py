@@ -340,10 +340,11 @@ def test_the_signature_tells_scores_apart():
         metrics.signature(HYPS, more),
         metrics.signature(HYPS, REFS, java=True),
         metrics.signature(HYPS, REFS, meteor=True),
+        metrics.signature(HYPS, REFS, tokens="characters"),
         metrics.signature(HYPS, REFS, document_frequencies=metrics.CiderD(list(more.values()))),
         metrics.signature({3: "a"}, REFS),
     }
-    assert len(signatures) == 6
+    assert len(signatures) == 7
     assert "|tok:ptb-regex|refs:1-3|df:references(3)|" in metrics.signature(HYPS, REFS)
 
 
@@ -407,6 +408,28 @@ def test_command_takes_document_frequencies_from_elsewhere(tmp_path, references,
     line, _ = scored(capfd, predictions, references, f"--df={references}")
     assert line["CIDEr"] == metrics.score({1: HYPS[1], 2: HYPS[2]}, REFS)[0]["CIDEr"]
     assert "df:given(3)" in line["signature"]
+
+
+CHINESE = ["一只红狗在草地上奔跑。", "红色的狗在绿草地上跑", "两只猫在睡觉。", "沙发上睡着两只猫"]
+
+
+def test_scripts_without_spaces_are_scored_by_characters(tmp_path, capfd, no_java):
+    """The toolkit's tokens are whole sentences there, so that every CIDEr is 0."""
+    annotations = [{"image_id": i // 2, "caption": c} for i, c in enumerate(CHINESE)]
+    references = write(tmp_path, "references.json", {"annotations": annotations})
+    predictions = write(tmp_path, "p.json", rows({0: "一只红狗在草地上跑", 1: "两只猫睡着"}))
+    line, out = scored(capfd, predictions, references)
+    assert line["CIDEr"] == 0 and "in a script without spaces" in out
+    line, out = scored(capfd, predictions, references, "--tokens=characters")
+    assert line["CIDEr"] > 1 and "without spaces" not in out
+    assert "|tok:characters|" in line["signature"] and line["METEOR"] is None
+    assert metrics.characters("一只 Dog, หมา。") == [*"一只dogหมา"]
+    assert metrics.tokenizer_for([CHINESE[:2], CHINESE[2:], ["a dog"]]) is metrics.characters
+    assert metrics.tokenizer_for(REFS.values()) is metrics.tokenize
+    assert not metrics.lack_spaces(
+        [SCRIPTS[s][0] for s in ("hindi", "korean", "arabic", "russian")]
+    )
+    assert all(metrics.lack_spaces([SCRIPTS[s][0]]) for s in ("chinese", "japanese", "thai"))
 
 
 @needs_java
