@@ -4,6 +4,7 @@
     python metrics.py predictions.csv references.json          # our own CSV
     python metrics.py predictions.json references.json --java  # the toolkit's tokenizer
     python metrics.py predictions.json references.json --df=train.json  # document frequencies
+    python metrics.py predictions.json references.json --training=train.json  # novel captions
     python metrics.py predictions.json references.json --tokens=characters  # Chinese, Thai, …
 
 The last line is JSON. Scores are fractions, as the toolkit prints them (CIDEr-D is 0 to 10).
@@ -214,6 +215,43 @@ class CiderD:
         return 10 * (cosine.mean(2) * penalty).sum(1) / self.counts[images]
 
 
+# Articles, conjunctions and prepositions that end fewer than one in 1,000 of the captions that
+# people wrote for Flickr8k. Others ("down", "outside") do end captions.
+BAD_ENDINGS = frozenset(
+    "a an the his its their this that these those some every and or but nor as than because if "
+    "while when where which who about after against among at before between beside for from in "
+    "into like near of onto through to toward towards under upon with without is are".split()
+)
+
+
+def diversity(captions: Sequence[str], training: Sequence[str] = ()) -> dict[str, float | None]:
+    """Return how varied captions are (van Miltenburg et al. 2018, aclanthology.org/C18-1147).
+
+    distinct      share of different captions
+    novel         share that is not among the training captions; None without them
+    distinct_1    different words / all words; distinct_2 is the same of pairs of words (Li et al.
+                  2016, arXiv:1510.03055). Like vocabulary, comparable for the same images only
+    vocabulary    number of different words
+    length        mean number of words; length_std is their standard deviation
+    bad_endings   share that ends in one of BAD_ENDINGS (Guo et al. 2018, arXiv:1809.06227)
+    """
+    split = [caption.split() for caption in captions]
+    words = list(itertools.chain.from_iterable(split))
+    pairs = [pair for own in split for pair in itertools.pairwise(own)]
+    lengths = list(map(len, split))
+    known = set(training)
+    return {
+        "distinct": len(set(captions)) / len(captions),
+        "novel": float(np.mean([c not in known for c in captions])) if known else None,
+        "distinct_1": len(set(words)) / max(1, len(words)),
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        "vocabulary": len(set(words)),
+        "length": float(np.mean(lengths)),
+        "length_std": float(np.std(lengths)),
+        "bad_endings": float(np.mean([not BAD_ENDINGS.isdisjoint(own[-1:]) for own in split])),
+    }
+
+
 # ---------------------------------------------------------------------------------------------
 # All metrics together; METEOR and `java` need the toolkit's Java programs
 
@@ -349,6 +387,7 @@ class MetricsConfig:
     references: str  # COCO annotations (.json) of at least these images
     java: bool = False  # tokenize with the toolkit's program
     tokens: str = "words"  # words, or characters for scripts without spaces
+    training: str = ""  # annotation file of the training captions, which are not novel
     # Where CIDEr counts document frequencies: in all of the references, in those of the scored
     # images (the toolkit's way), or in another annotation file
     df: str = "references"  # references scored <file>
@@ -390,6 +429,12 @@ def read_references(path: str) -> tuple[dict, int]:
     return references, len(rows) - sum(map(len, references.values()))
 
 
+def read_captions(path: str) -> list[str]:
+    """Return the captions of COCO annotations."""
+    references, _ = read_references(path)
+    return list(itertools.chain.from_iterable(references.values()))
+
+
 def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     """Return {id: caption} of COCO results or our CSV, and how many captions are not text.
 
@@ -418,6 +463,7 @@ def main(cfg: MetricsConfig) -> None:
         raise UserError(missing)
     references, references_not_text = read_references(cfg.references)
     hypotheses, not_text = read_predictions(cfg.predictions, references)
+    training = read_captions(cfg.training) if cfg.training else []
     frequencies = None
     if cfg.df != "references":
         if cfg.df == "scored":
@@ -429,6 +475,7 @@ def main(cfg: MetricsConfig) -> None:
     options = {"java": cfg.java, "tokens": cfg.tokens, "meteor": not missing}
     options["document_frequencies"] = frequencies
     corpus, _ = score(hypotheses, references, **options)
+    varied = diversity(*token_strings([hypotheses.values(), training], tokens=cfg.tokens))
     counts = {
         "images": len(hypotheses),
         "references": sum(len(references[i]) for i in hypotheses),
@@ -438,8 +485,9 @@ def main(cfg: MetricsConfig) -> None:
         "references_not_text": references_not_text,
     }
 
-    for name, value in corpus.items():
-        print(f"{name:<8}        – {missing}" if value is None else f"{name:<8} {value:8.4f}")
+    absent = {"METEOR": missing, "novel": "give --training=annotations.json"}
+    for name, value in (corpus | varied).items():
+        print(f"{name:<11} " + (f"       – {absent[name]}" if value is None else f"{value:8.4f}"))
     for name, count in counts.items():
         if count:
             print(f"{count:>8,} {name.replace('_', ' ')}")
@@ -451,7 +499,7 @@ def main(cfg: MetricsConfig) -> None:
     if cfg.tokens == "words" and lack_spaces(hypotheses.values()):
         print(SPACES_MISSING)
     line = {"signature": signature(hypotheses, references, **options), "counts": counts}
-    print(json.dumps(corpus | line))
+    print(json.dumps(corpus | {"diversity": varied} | line))
 
 
 # ---------------------------------------------------------------------------------------------

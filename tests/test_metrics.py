@@ -315,6 +315,26 @@ def test_the_end_token_punishes_a_caption_that_breaks_off():
     assert cost[1] > cost[0] > 0
 
 
+def test_diversity_by_hand():
+    captions = ["a dog runs", "a dog runs", "a cat sits on a", ""]
+    expected = {
+        "distinct": 3 / 4, "novel": 2 / 4, "distinct_1": 6 / 11, "distinct_2": 6 / 8,
+        "vocabulary": 6, "length": 11 / 4, "bad_endings": 1 / 4,
+        "length_std": pytest.approx(np.std([3, 3, 5, 0])),
+    }  # fmt: skip
+    assert metrics.diversity(captions, ["a dog runs", "the end"]) == expected
+    assert metrics.diversity(captions)["novel"] is None
+    assert metrics.diversity(captions, captions)["novel"] == 0
+
+
+@pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="needs shared/flickr8k")
+def test_people_write_few_bad_endings():
+    data = json.loads((SHARED / "flickr8k" / "dataset_flickr8k.json").read_text())
+    captions = [s["raw"] for image in data["images"][:2000] for s in image["sentences"]]
+    (strings,) = metrics.token_strings([captions])
+    assert metrics.diversity(strings)["bad_endings"] < 0.003
+
+
 def test_what_cannot_be_scored_raises():
     for hypotheses, references, message in [
         ({}, REFS, "no captions"),
@@ -408,6 +428,15 @@ def test_command_takes_document_frequencies_from_elsewhere(tmp_path, references,
     line, _ = scored(capfd, predictions, references, f"--df={references}")
     assert line["CIDEr"] == metrics.score({1: HYPS[1], 2: HYPS[2]}, REFS)[0]["CIDEr"]
     assert "df:given(3)" in line["signature"]
+
+
+def test_command_reports_diversity(tmp_path, references, capfd, no_java):
+    predictions = write(tmp_path, "p.json", rows(HYPS))
+    line, out = scored(capfd, predictions, references)
+    assert line["diversity"] == metrics.diversity(list(HYPS.values()))
+    assert "novel              – give --training" in out
+    line, _ = scored(capfd, predictions, references, f"--training={predictions}")
+    assert line["diversity"]["novel"] == 0
 
 
 CHINESE = ["一只红狗在草地上奔跑。", "红色的狗在绿草地上跑", "两只猫在睡觉。", "沙发上睡着两只猫"]
