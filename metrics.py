@@ -214,6 +214,24 @@ class CiderD:
         penalty = np.exp(-(delta**2) / (2 * 6.0**2))
         return 10 * (cosine.mean(2) * penalty).sum(1) / self.counts[images]
 
+    def agreement(
+        self, candidates: Sequence[str], references: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Return the mean CIDEr-D of each candidate against `references`, (candidates,).
+
+        If None, against the other candidates: minimum Bayes risk (Kumar & Byrne 2004,
+        aclanthology.org/N04-1022). Document frequencies are those of this CiderD.
+        """
+        n = len(candidates)
+        group = [references or candidates]
+        others = CiderD(group, bool(self.end), document_frequencies=self, tokenize=self.tokenize)
+        scores = others.score([0] * n, candidates)
+        if references is None:
+            # without the score against itself: 10, less for a caption shorter than four words
+            own = 2.5 * (others.norms[0] > 0).sum(1)
+            scores = (n * scores - own) / max(1, n - 1)
+        return scores
+
 
 # Articles, conjunctions and prepositions that end fewer than one in 1,000 of the captions that
 # people wrote for Flickr8k. Others ("down", "outside") do end captions.

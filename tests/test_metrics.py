@@ -315,6 +315,27 @@ def test_the_end_token_punishes_a_caption_that_breaks_off():
     assert cost[1] > cost[0] > 0
 
 
+@settings(deadline=None, max_examples=50)
+@given(images)
+def test_agreement_is_the_mean_over_pairs(images):
+    """The oracle scores each candidate against each other caption alone."""
+    candidates, references = zip(*images, strict=True)
+    training = metrics.CiderD(references, tokenize=str.split)
+
+    def alone(candidate, reference):
+        pair = metrics.CiderD([[reference]], document_frequencies=training, tokenize=str.split)
+        return pair.score([0], [candidate])[0]
+
+    others = references[0]
+    expected = [np.mean([alone(c, r) for r in others]) for c in candidates]
+    np.testing.assert_allclose(training.agreement(candidates, others), expected, atol=1e-9)
+    expected = [
+        sum(alone(c, r) for j, r in enumerate(candidates) if j != i) / max(1, len(candidates) - 1)
+        for i, c in enumerate(candidates)
+    ]
+    np.testing.assert_allclose(training.agreement(candidates), expected, atol=1e-9)
+
+
 def test_diversity_by_hand():
     captions = ["a dog runs", "a dog runs", "a cat sits on a", ""]
     expected = {

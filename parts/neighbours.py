@@ -1,0 +1,58 @@
+"""Captions of the nearest training images.
+
+Captions borrowed from neighbours and chosen by consensus are the floor that a captioner has to
+beat (Devlin et al. 2015, arXiv:1505.04467). The same captions re-rank a captioner's own n-best.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 8192  # rows of training embeddings read at a time
+
+
+def mean_rows(embeddings: np.ndarray, start: int) -> Tensor:
+    """Return a block of rows of (N, P, D), averaged over P, as (rows, D) float32."""
+    return torch.tensor(embeddings[start : start + BLOCK]).float().mean(1)
+
+
+class Neighbours:
+    """Training images, as lenders of captions.
+
+    Args:
+        embeddings: (N, P, D) float16, memory-mapped.
+        captions: those of each image.
+        token_strings: the same captions, tokenized.
+        count: how many neighbours an image has.
+    """
+
+    def __init__(self, embeddings: np.ndarray, captions, token_strings, count: int):
+        self.captions, self.token_strings = captions, token_strings
+        self.count = min(count, len(embeddings))
+        self.starts = range(0, len(embeddings), BLOCK)
+        if embeddings.shape[1] > 1:  # averaged once, since a grid of COCO's size takes 9 GB
+            means = [mean_rows(embeddings, start).half() for start in self.starts]
+            embeddings = torch.cat(means)[:, None].numpy()
+        self.embeddings = embeddings
+
+    def borrow(self, embeddings: Tensor) -> list[tuple[list[str], list[str]]]:
+        """Return all captions of each image's neighbours, nearest first, and their tokens.
+
+        Neighbours have the highest cosine of embeddings (B, P, D), averaged over P.
+        """
+        query = F.normalize(embeddings.cpu().float().mean(1), dim=-1)  # (B, D)
+        cosine = torch.empty(len(query), 0)
+        number = torch.empty(len(query), 0, dtype=torch.long)  # of the nearest so far
+        for start in self.starts:
+            block = F.normalize(mean_rows(self.embeddings, start), dim=-1)
+            numbers = torch.arange(start, start + len(block)).expand(len(query), -1)
+            number = torch.cat((number, numbers), 1)
+            cosine = torch.cat((cosine, query @ block.T), 1)
+            cosine, index = cosine.topk(min(self.count, cosine.size(1)))
+            number = number.gather(1, index)
+        borrowed = []
+        for own in number.tolist():
+            captions = [caption for i in own for caption in self.captions[i]]
+            borrowed.append((captions, [s for i in own for s in self.token_strings[i]]))
+        return borrowed
