@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -268,6 +269,19 @@ def diversity(captions: Sequence[str], training: Sequence[str] = ()) -> dict[str
         "length_std": float(np.std(lengths)),
         "bad_endings": float(np.mean([not BAD_ENDINGS.isdisjoint(own[-1:]) for own in split])),
     }
+
+
+def clip_score(image: np.ndarray, caption: np.ndarray, references: np.ndarray) -> dict:
+    """Return CLIPScore and, if there are references, RefCLIPScore of a caption.
+
+    image (D,), caption (D,) and references (R, D) are embeddings by one CLIP, of length 1 (Hessel
+    et al. 2021, arXiv:2104.08718).
+    """
+    scores = {"CLIPScore": 2.5 * max(0.0, float(image @ caption))}
+    if len(references):
+        pair = scores["CLIPScore"], max(0.0, float((references @ caption).max()))
+        scores["RefCLIPScore"] = 2 * math.prod(pair) / max(1e-12, sum(pair))  # harmonic mean
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------

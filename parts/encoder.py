@@ -160,6 +160,7 @@ def is_visible(name: str) -> bool:
 # The model
 
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+TEXT_TOWERS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
 
 
 def extras() -> None:
@@ -172,6 +173,19 @@ def extras() -> None:
         raise UserError(f"{error.name} is missing: {need}") from None
 
 
+def load_tower(name: str, kind: str):
+    """Return a pretrained model of a class of transformers. Raise UserError if it lacks weights."""
+    import transformers
+
+    model, info = getattr(transformers, kind).from_pretrained(
+        or_shipped(name), dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"clip={name} lacks weights: {missing}")
+    return model.eval()
+
+
 class Encoder:
     """A CLIP or SigLIP vision tower, in float32; on CUDA its layers run in float16 (autocast).
 
@@ -179,12 +193,13 @@ class Encoder:
         name: a transformers model name, or a folder in its format.
         features: "pooled" or "grid".
         grid: for grid features, patches per side after average pooling; 0 keeps them all.
+        text: load the text tower too, for `encode_text`.
 
     embedding_dim is D and n_positions P of the (B, P, D) that a call returns; kind is "clip" or
     "siglip". Raise UserError if the extras are missing or the model cannot be loaded.
     """
 
-    def __init__(self, name: str, features: str = "pooled", grid: int = 0, device: str = "cpu"):
+    def __init__(self, name: str, features="pooled", grid: int = 0, device="cpu", text=False):
         if not name:
             raise UserError("clip: expected a model's name or folder, got nothing")
         extras()
@@ -202,22 +217,23 @@ class Encoder:
             self.kind = model_type.removesuffix("_vision_model")
             if self.kind not in TOWERS:
                 raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
-            model, info = getattr(transformers, TOWERS[self.kind]).from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+            model = load_tower(name, TOWERS[self.kind])
+            if text:
+                self.text_model = load_tower(name, TEXT_TOWERS[self.kind]).to(device)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                # without its files, transformers makes a tokenizer that knows no word
+                if len(self.tokenizer) < self.text_model.config.vocab_size // 2:
+                    raise UserError(f"clip={name} lacks its tokenizer: add its files")
         except (*BROKEN, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"clip={name} could not be loaded: {reason}") from None
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(f"clip={name} lacks weights: {missing}")
 
         self.name = name
         self.features = features
         self.grid = grid
         self.device = torch.device(device)
         self.processor = processor
-        self.model = model.eval().to(self.device)
+        self.model = model.to(self.device)
         self.tower = getattr(model, "vision_model", model)
         self.has_class = self.kind == "clip"  # a class token, and a projection
         config = model.config
@@ -286,6 +302,23 @@ class Encoder:
     def __call__(self, images: list) -> torch.Tensor:
         """Encode PIL images as (B, P, D) float16 on the CPU."""
         return self.encode(self.pixels([image.convert("RGB") for image in images])).cpu()
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        """Encode texts as (B, D) float32 on the CPU, comparable with pooled image embeddings.
+
+        A text that is too long for the model is cut off.
+        """
+        # SigLIP reads the last position, and learned to do so with padding in it
+        padding = True if self.has_class else "max_length"
+        options = {"padding": padding, "truncation": True, "return_tensors": "pt"}
+        options["max_length"] = self.text_model.config.max_position_embeddings
+        embeddings = []
+        for i in range(0, len(texts), 256):
+            inputs = self.tokenizer(texts[i : i + 256], **options)
+            out = self.text_model(input_ids=inputs["input_ids"].to(self.device))
+            embeddings.append(out.text_embeds if self.has_class else out.pooler_output)
+        return torch.cat(embeddings).cpu()
 
     def stream(self, batches: Iterable[list[tuple]], workers: int) -> Iterator[tuple]:
         """Encode batches of files; a file is the arguments of `read_image`.

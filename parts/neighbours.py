@@ -1,13 +1,18 @@
-"""Captions of the nearest training images.
+"""Captions of the nearest training images, and CLIP's judgement of captions.
 
 Captions borrowed from neighbours and chosen by consensus are the floor that a captioner has to
 beat (Devlin et al. 2015, arXiv:1505.04467). The same captions re-rank a captioner's own n-best.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from parts.common import UserError
+from parts.encoder import BadImage, Encoder, read_image
 
 BLOCK = 8192  # rows of training embeddings read at a time
 
@@ -56,3 +61,36 @@ class Neighbours:
             captions = [caption for i in own for caption in self.captions[i]]
             borrowed.append((captions, [s for i in own for s in self.token_strings[i]]))
         return borrowed
+
+
+class ImageText:
+    """CLIP or SigLIP as a judge of captions. Raise UserError if neither made the embeddings.
+
+    Args:
+        meta: the data.Meta of the embeddings.
+        name: the encoder's name or folder; empty: as in `meta`.
+    """
+
+    PREFIX = "A photo depicts "  # before every caption, as in Hessel et al. 2021
+
+    def __init__(self, meta, name: str, device: torch.device):
+        if not meta.encoder:
+            raise UserError("CLIP cannot judge captions of embeddings that no CLIP made")
+        self.encoder = Encoder(name or meta.encoder, device=device, text=True)
+        self.is_pooled = meta.features == "pooled"
+        if self.is_pooled and self.encoder.embedding_dim != meta.embedding_dim:
+            raise UserError(f"{self.encoder.name} did not make these embeddings: set --clip")
+
+    def images(self, embeddings: Tensor, paths: Sequence[str]) -> np.ndarray:
+        """Return images as (B, D), of length 1: the embeddings if pooled, else from the files."""
+        if not self.is_pooled:
+            try:
+                embeddings = self.encoder([read_image(path) for path in paths])
+            except BadImage as error:
+                raise UserError(f"CLIP needs the image files ({error}): set --images") from None
+        return F.normalize(embeddings[:, 0].float(), dim=-1).cpu().numpy()
+
+    def texts(self, captions: Sequence[str]) -> np.ndarray:
+        """Return captions as (captions, D), of length 1."""
+        texts = [self.PREFIX + caption for caption in captions]
+        return F.normalize(self.encoder.encode_text(texts), dim=-1).numpy()

@@ -107,7 +107,7 @@ def pack_by_loops(images: list[list[list[int]]]) -> dict:
 SIDE, PATCH = 32, 8
 
 
-def tiny_clip(folder, kind="clip", projection=24):
+def tiny_clip(folder, kind="clip", projection=24, vocab=9):
     """A CLIP or SigLIP of some thousand random parameters, in transformers' format."""
     import transformers
 
@@ -115,7 +115,7 @@ def tiny_clip(folder, kind="clip", projection=24):
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                   num_attention_heads=2, image_size=SIDE, patch_size=PATCH)  # fmt: skip
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                vocab_size=9, max_position_embeddings=8, bos_token_id=1, eos_token_id=2,
+                vocab_size=vocab, max_position_embeddings=8, bos_token_id=1, eos_token_id=2,
                 pad_token_id=0)  # fmt: skip
     square = {"height": SIDE, "width": SIDE}
     if kind == "clip":

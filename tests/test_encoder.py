@@ -12,9 +12,10 @@ import zlib
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
-from helpers import PATCH, SIDE, picture, tiny_clip
+from helpers import PATCH, ROOT, SIDE, picture, tiny_clip
 from PIL import Image, ImageOps
 
 from parts.common import UserError
@@ -68,6 +69,55 @@ def test_grid_is_the_last_layers_tokens(tower, grid):
     x = encoder(IMAGES)
     assert x.shape == (4, encoder.n_positions, encoder.embedding_dim)
     torch.testing.assert_close(x.float(), expected, atol=1e-3, rtol=1e-3)
+
+
+TEXTS = [
+    "a red circle",
+    "two small blue squares above a large green triangle on a white background",
+]
+
+
+def test_texts_are_what_get_text_features_gives():
+    transformers = pytest.importorskip("transformers")
+    folder = str(ROOT / "assets" / "shapes-clip")
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(
+        TEXTS, padding=True, return_tensors="pt"
+    )
+    model = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        out = model.get_text_features(**inputs)
+    encoder = Encoder(folder, text=True)
+    x = encoder.encode_text(TEXTS)
+    torch.testing.assert_close(x, getattr(out, "pooler_output", out), atol=1e-5, rtol=1e-5)
+    assert torch.allclose(x[:1], encoder.encode_text(TEXTS[:1]), atol=1e-5)  # padding is no part
+    assert encoder.encode_text([TEXTS[1] * 9]).isfinite().all()  # longer than the model's block
+
+
+def test_texts_of_siglip(tmp_path):
+    """SigLIP reads the last position, so that its texts are padded to their full length."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "spiece"), vocab_size=40,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tiny_clip(tmp_path, "siglip", vocab=60)
+    transformers.SiglipTokenizer(str(tmp_path / "spiece.model")).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    inputs = tokenizer(
+        TEXTS, padding="max_length", max_length=8, truncation=True, return_tensors="pt"
+    )
+    model = transformers.SiglipModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        out = model.get_text_features(input_ids=inputs["input_ids"])
+    x = Encoder(str(tmp_path), text=True).encode_text(TEXTS)
+    torch.testing.assert_close(x, getattr(out, "pooler_output", out), atol=1e-5, rtol=1e-5)
+
+
+def test_a_clip_without_a_tokenizer_encodes_images_only(clip):
+    """Where there is none, transformers makes a CLIP tokenizer that knows no word."""
+    Encoder(clip)
+    with pytest.raises(UserError, match="lacks its tokenizer: add its files"):
+        Encoder(clip, text=True)
 
 
 def test_half_precision_weights_are_computed_in_single(tower, tmp_path):

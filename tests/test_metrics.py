@@ -356,6 +356,15 @@ def test_people_write_few_bad_endings():
     assert metrics.diversity(strings)["bad_endings"] < 0.003
 
 
+def test_clip_scores_by_their_formulas():
+    image, caption = np.array([1.0, 0.0]), np.array([0.6, 0.8])  # cosine .6
+    references = np.array([[0.0, 1.0], [-1.0, 0.0]])  # cosines .8, -.6
+    expected = {"CLIPScore": 1.5, "RefCLIPScore": pytest.approx(2.4 / 2.3)}
+    assert metrics.clip_score(image, caption, references) == expected
+    assert metrics.clip_score(image, caption, []) == {"CLIPScore": 1.5}
+    assert metrics.clip_score(-image, caption, references) == dict.fromkeys(expected, 0)
+
+
 def test_what_cannot_be_scored_raises():
     for hypotheses, references, message in [
         ({}, REFS, "no captions"),

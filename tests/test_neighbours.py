@@ -1,6 +1,7 @@
-"""Borrowed captions: the oracle is brute force, or known figures."""
+"""Borrowed captions and CLIPScore: the oracle is brute force, or known figures."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -8,10 +9,14 @@ import torch
 from helpers import ROOT
 
 import metrics
-from parts import neighbours
-from parts.neighbours import Neighbours
+from data import Meta
+from parts import neighbours, shapes
+from parts.common import UserError
+from parts.encoder import Encoder
+from parts.neighbours import ImageText, Neighbours
 
 FLICKR8K = ROOT.parent / "shared" / "flickr8k"
+SHAPES_CLIP = str(ROOT / "assets" / "shapes-clip")
 
 # ---------------------------------------------------------------------------------------------
 # Neighbours
@@ -52,3 +57,52 @@ def test_the_floor_of_flickr8k():
     best = [own[cider.agreement(tokens).argmax()] for own, tokens in borrowed]
     corpus, _ = metrics.score(dict(zip(rows["val"], best, strict=True)), references)
     assert corpus["CIDEr"] == pytest.approx(0.351, abs=0.002)
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Built-in scenes: their images and captions."""
+    pytest.importorskip("transformers", reason="needs requirements-clip.txt")
+    rng = random.Random(0)
+    made = [shapes.make_scene(rng) for _ in range(60)]
+    return [shapes.render(scene, rng) for scene in made], [
+        list(shapes.write_captions(scene, rng)) for scene in made
+    ]
+
+
+def test_true_captions_score_above_those_of_other_scenes(scenes):
+    """By the tiny CLIP: CLIPScore about 1.8 and .2, RefCLIPScore about 1.25 and .17."""
+    images, captions = scenes
+    judge = ImageText(Meta(**META | {"encoder": SHAPES_CLIP}), "", "cpu")
+    x = judge.images(judge.encoder(images), [])
+    texts = judge.texts([own[0] for own in captions])
+    references = [judge.texts(own[1:]) for own in captions]
+    true, other = (
+        [metrics.clip_score(x[i], texts[i - shift], references[i]) for i in range(60)]
+        for shift in (0, 1)
+    )
+    for name, margin in (("CLIPScore", 1), ("RefCLIPScore", 0.8)):
+        assert np.mean([s[name] for s in true]) > np.mean([s[name] for s in other]) + margin
+
+
+META = dict(
+    dataset="d", source="csv", captions="", images="", encoder="", features="pooled", grid=0,
+    n_positions=1, embedding_dim=128, normalize=True, lowercase=False, vocab_size=64, splits={},
+)  # fmt: skip
+
+
+def test_images_of_a_grid_are_read_again(scenes, tmp_path):
+    """A grid's embeddings are not what CLIP compares with texts; those of the files are."""
+    images, _ = scenes
+    images[0].save(tmp_path / "0.png")
+    grid = Meta(**META | {"encoder": SHAPES_CLIP, "features": "grid"})
+    judge = ImageText(grid, "", "cpu")
+    x = judge.images(torch.zeros(1, 5, 128), [str(tmp_path / "0.png")])
+    expected = Encoder(SHAPES_CLIP)([images[0]])[:, 0].float().numpy()
+    np.testing.assert_allclose(x, expected / np.linalg.norm(expected), atol=1e-6)
+    with pytest.raises(UserError, match="CLIP needs the image files .*: set --images"):
+        judge.images(torch.zeros(1, 5, 128), [""])
