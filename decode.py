@@ -31,6 +31,7 @@ from parts.common import UserError
 class Decoding:
     """How captions are chosen. A prompt counts towards the lengths, the end token does not."""
 
+    METHODS = "greedy sample beam topk"
     # -- decoding -------------------------------------------------------------------------
     method: str = "greedy"  # greedy, sample (temperature, top-k, top-p), topk or beam
     n_best: int = 1  # captions per image: its best beams, or independent samples
@@ -45,7 +46,7 @@ class Decoding:
     seed: int = 0  # of sampling
 
     def __post_init__(self):
-        one_of(self, "method", "greedy sample beam topk")
+        one_of(self, "method", self.METHODS)
         within(self, "beams n_best", 1, 1000)
         within(self, "length_penalty", -10, 10)
         within(self, "temperature", 0)
@@ -55,7 +56,7 @@ class Decoding:
         for name in ("temperature", "top_p"):
             if getattr(self, name) == 0:
                 refuse(name, "a number above 0", 0)
-        most = {"greedy": 1, "beam": self.beams}.get(self.method, self.n_best)
+        most = {"greedy": 1, "nearest": 1, "beam": self.beams}.get(self.method, self.n_best)
         if self.n_best > most:
             refuse("n_best", f"at most {most} with --method={self.method}", self.n_best)
         if self.min_len > self.max_len > 0:

@@ -3,6 +3,7 @@
     python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
     python sample.py --ckpt out/coco/ckpt.pt --image photo.jpg another.png folder/
     python sample.py --ckpt out/coco/ckpt.pt --image dog.jpg --method sample --top_p 0.9 --n_best 5
+    python sample.py --ckpt out/coco/ckpt.pt --method nearest  # the floor: borrowed captions
 
 On a split it writes predictions.json (COCO's result format) and predictions.csv, and prints the
 scores as one line of JSON, last. Results are saved as they come: rerun the same command to resume
@@ -35,11 +36,13 @@ from decode import Caption, Decoding, generate, load_captioner
 from parts import checkpoint
 from parts.common import UserError, append, owning, printable, run, sha256, write_text
 from parts.device import Device, lay_out_by_columns
+from parts.neighbours import ImageText, Neighbours
 from parts.tracking import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Decoding):
+    METHODS = f"{Decoding.METHODS} nearest"
     # -- what -----------------------------------------------------------------------------
     ckpt: str  # a checkpoint that train.py wrote
     split: str = ""  # caption this split, and score the captions; empty, without image: val
@@ -49,6 +52,14 @@ class SampleConfig(Decoding):
     images: str = ""  # folder of the split's images, for the gallery; empty: prepare.py's
     clip: str = ""  # the encoder's name or folder; empty: the checkpoint's
     prompt: str = ""  # text that every caption continues
+    # -- choosing among captions ----------------------------------------------------------
+    # --method=nearest borrows a caption of the nearest training images; --rerank orders n_best by
+    # how well each agrees with the others, the captions of those images, or the image
+    neighbours: int = 20  # nearest training images
+    rerank: str = "none"  # none consensus neighbours clip
+    rerank_weight: float = 0.0  # of log p, which is added to the agreement
+    tokens: str = "words"  # what agreement and scores count: words characters
+    clip_score: bool = False  # score by CLIP too
     # -- where to -------------------------------------------------------------------------
     out_json: str = ""  # empty: predictions.json in a folder of the split next to the checkpoint
     out_csv: str = ""  # empty: the same with .csv
@@ -68,12 +79,24 @@ class SampleConfig(Decoding):
         within(self, "workers", 0)
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")
+        one_of(self, "tokens", "words characters")
+        one_of(self, "rerank", "none consensus neighbours clip")
+        within(self, "neighbours", 1, 1000)
+        within(self, "rerank_weight", 0)
         if self.split and self.image:
             raise ConfigError("give either --split=<name> or --image <files and folders>")
         if not self.image and not self.split:
             object.__setattr__(self, "split", "val")  # the class is frozen
+        borrows = self.method == "nearest" or self.rerank == "neighbours"
+        if borrows and self.split == "train":
+            raise ConfigError("captions are borrowed from train: choose another split", "split")
+        if self.method == "nearest" and (self.prompt or self.attention):
+            raise ConfigError("prompt and attention do nothing with --method=nearest", "method")
         shown = self.split or self.gallery or self.out_json
         for name, useless, needed in (
+            ("rerank", self.rerank != "none" and self.n_best == 1, "--n_best=2 or more"),
+            ("rerank_weight", self.rerank_weight and self.rerank == "none", "--rerank"),
+            ("neighbours", self.neighbours != 20 and not borrows, "--rerank=neighbours"),
             ("java", self.java and not self.split, "--split"),
             ("track", self.track != "none" and not self.gallery, "--gallery"),
             ("attention", self.attention and not shown, "--gallery or --out_json"),
@@ -84,7 +107,7 @@ class SampleConfig(Decoding):
 
 def main(cfg: SampleConfig) -> dict:
     """Caption what `cfg` names. Return the scores, empty for images without references."""
-    if cfg.java and (missing := metrics.java_missing()):
+    if cfg.java and (missing := metrics.java_missing(cfg.tokens)):
         raise UserError(missing)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("sample.py runs as one process, not under torchrun")
@@ -112,7 +135,7 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
     predictions = [entry for entry in results.entries if "skipped" not in entry]
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
     scored = cfg.split and any(p["references"] for p in predictions)
-    scores = score(predictions, cfg.java) if scored else {}
+    scores = score(predictions, cfg, captioner.data / "train.json") if scored else {}
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
     write_files(cfg, out, predictions)
@@ -142,7 +165,10 @@ def caption_all(cfg: SampleConfig, captioner: "Captioner", source, results: "Res
     bar = tqdm(total=len(items), initial=done, unit="image", disable=disable)
     for batch, (embeddings, bad) in zip(batches, source.embeddings(batches), strict=True):
         readable = [item for i, item in enumerate(batch) if i not in bad]
-        predictions = iter(captioner.caption(embeddings, readable))
+        made = captioner.caption(embeddings, readable)
+        if cfg.clip_score and made:
+            captioner.add_clip_scores(embeddings, made)
+        predictions = iter(made)
         entries = []
         for i, item in enumerate(batch):
             if i in bad:
@@ -174,14 +200,27 @@ class Captioner:
         self.device = Device(cfg.device, cfg.dtype)
         lay_out_by_columns(self.model)
         self.model.to(self.device.torch_device)
+        if cfg.method == "nearest" or cfg.rerank in ("consensus", "neighbours"):
+            training = fitting_split(cfg, self.meta, self.data, "train")
+            _, captions = training.references()
+            strings = metrics.token_strings(captions, tokens=cfg.tokens)
+            self.cider = metrics.CiderD(strings, tokenize=str.split)
+            if cfg.rerank != "consensus":
+                lenders = training.embeddings, captions, strings
+                self.neighbours = Neighbours(*lenders, cfg.neighbours)
+        if cfg.rerank == "clip" or cfg.clip_score:
+            self.clip = ImageText(self.meta, cfg.clip, self.device.torch_device)
 
     def signature(self) -> dict:
         """Return all that the captions depend on, besides the images."""
+        cfg = self.cfg
         return {
-            "ckpt": sha256(Path(self.cfg.ckpt)),
-            "decoding": {f.name: getattr(self.cfg, f.name) for f in fields(Decoding)},
-            "prompt": self.cfg.prompt,
-            "attention": self.cfg.attention,
+            "ckpt": sha256(Path(cfg.ckpt)),
+            "decoding": {f.name: getattr(cfg, f.name) for f in fields(Decoding)},
+            "prompt": cfg.prompt,
+            "attention": cfg.attention,
+            "rerank": [cfg.rerank, cfg.rerank_weight, cfg.neighbours, cfg.tokens],
+            "clip_score": cfg.clip_score,
             "device": str(self.device.torch_device),
             "dtype": str(self.device.dtype),
         }
@@ -192,21 +231,61 @@ class Captioner:
             return []
         embeddings = embeddings.to(self.device.torch_device)
         numbers = [item["number"] for item in items]
+        if self.cfg.method == "nearest":
+            borrowed = self.neighbours.borrow(embeddings)
+            best = [texts[self.cider.agreement(strings).argmax()] for texts, strings in borrowed]
+            return [self.entry(*each) for each in zip(items, best, strict=True)]
         with self.device.autocast():
             captions = generate(
                 self.model, embeddings, self.tokenizer, self.cfg, self.cfg.prompt, numbers,
                 self.meta.longest_caption,
             )  # fmt: skip
+        if self.cfg.rerank != "none":
+            captions = self.rerank(embeddings, items, captions)
         attention = [None] * len(items)
         if self.cfg.attention:
             attention = self.attention(embeddings, [best.ids for best, *_ in captions])
         return [self.prediction(*each) for each in zip(items, captions, attention, strict=True)]
 
-    def prediction(self, item: dict, captions: list[Caption], attention) -> dict:
-        """Return an entry of predictions.json: COCO's two keys, and what the gallery shows."""
-        texts = [self.tokenizer.decode(caption.ids) for caption in captions]
-        entry = {"image_id": item["image_id"], "caption": texts[0]}
+    def rerank(self, embeddings, items, captions: list[list[Caption]]) -> list[list[Caption]]:
+        """Return each image's captions in the order of agreement + rerank_weight * log p."""
+        texts = [[self.tokenizer.decode(caption.ids) for caption in own] for own in captions]
+        strings = metrics.token_strings(texts, tokens=self.cfg.tokens)
+        if self.cfg.rerank == "clip":
+            images = self.clip.images(embeddings, [item["path"] for item in items])
+            pairs = zip(texts, images, strict=True)
+            agreement = [self.clip.texts(own) @ image for own, image in pairs]
+        elif self.cfg.rerank == "neighbours":
+            pairs = zip(strings, self.neighbours.borrow(embeddings), strict=True)
+            agreement = [self.cider.agreement(own, borrowed) for own, (_, borrowed) in pairs]
+        else:
+            agreement = [self.cider.agreement(own) for own in strings]
+        ranked = []
+        for own, values in zip(captions, agreement, strict=True):
+            logprobs = np.array([caption.logprob for caption in own])
+            order = np.argsort(-values - self.cfg.rerank_weight * logprobs, kind="stable")
+            ranked.append([own[i] for i in order])
+        return ranked
+
+    def add_clip_scores(self, embeddings: torch.Tensor, predictions: list[dict]) -> None:
+        """Add CLIPScore and, if there are references, RefCLIPScore to each prediction."""
+        images = self.clip.images(embeddings, [p["path"] for p in predictions])
+        for image, p in zip(images, predictions, strict=True):
+            texts = self.clip.texts([p["caption"], *p["references"]])
+            p["scores"] = metrics.clip_score(image, texts[0], texts[1:])
+
+    def entry(self, item: dict, caption: str) -> dict:
+        """Return an entry of predictions.json: COCO's two keys, and what is known of the image."""
+        entry = {"image_id": item["image_id"], "caption": caption}
         entry |= {name: item[name] for name in ("file_name", "path", "references")}
+        if item.get("facts"):
+            entry["facts"] = {"true": item["facts"]}
+        return entry
+
+    def prediction(self, item: dict, captions: list[Caption], attention) -> dict:
+        """Return an entry with what the gallery shows of the model's captions."""
+        texts = [self.tokenizer.decode(caption.ids) for caption in captions]
+        entry = self.entry(item, texts[0])
         entry["tokens"] = self.tokenizer.pieces(captions[0].ids)
         entry["logprobs"] = [round(logprob, 4) for logprob in captions[0].logprobs]
         if not captions[0].ended:
@@ -216,8 +295,6 @@ class Captioner:
                 {"caption": text, "logprob": round(caption.logprob, 4)}
                 for text, caption in zip(texts, captions, strict=True)
             ]
-        if item.get("facts"):
-            entry["facts"] = {"true": item["facts"]}
         if attention is not None:
             entry["attention"] = attention
             entry["grid"] = math.isqrt(self.meta.n_positions) if self.model.cfg.is_grid else 0
@@ -240,20 +317,26 @@ class Captioner:
 # What is captioned: items with number, image_id, file_name, path and references
 
 
+def fitting_split(cfg: SampleConfig, meta: Meta, folder: Path, name: str) -> Split:
+    """Return a split of a dataset. Raise UserError if it does not fit the checkpoint, or if the
+    checkpoint was trained on another dataset: that may have had these images in training."""
+    split = Split(folder, name)
+    if differences := meta.differences(split.meta):
+        raise UserError(f"{folder} does not fit {cfg.ckpt}: it has {differences}")
+    if not cfg.other_dataset:
+        changed = split.meta.changed_files(meta)
+        hint = "add --other_dataset to caption this one all the same"
+        checkpoint.refuse_other_dataset(cfg.ckpt, changed, hint)
+    return split
+
+
 class SplitSource:
-    """The images of a dataset's split. Raises UserError if it does not fit the checkpoint, or if
-    the checkpoint was trained on another dataset: that may have had these images in training."""
+    """The images of a dataset's split."""
 
     others = ()  # files that are no images
 
     def __init__(self, cfg: SampleConfig, captioner: Captioner):
-        self.split = Split(captioner.data, cfg.split)
-        if differences := captioner.meta.differences(self.split.meta):
-            raise UserError(f"{self.split.folder} does not fit {cfg.ckpt}: it has {differences}")
-        if not cfg.other_dataset:
-            changed = self.split.meta.changed_files(captioner.meta)
-            hint = "add --other_dataset to caption this one all the same"
-            checkpoint.refuse_other_dataset(cfg.ckpt, changed, hint)
+        self.split = fitting_split(cfg, captioner.meta, captioner.data, cfg.split)
         folder = cfg.images or self.split.meta.images or str(self.split.folder / "images")
         self.folder = Path(folder.replace("{split}", cfg.split))
         images, references = self.split.references()
@@ -353,15 +436,29 @@ class Results:
             self.path.unlink()
 
 
-def score(predictions: list[dict], java: bool) -> dict:
-    """Return the scores of all captions; add each one's own to its prediction."""
+def score(predictions: list[dict], cfg: SampleConfig, training: Path) -> dict:
+    """Return the scores of all captions; add each one's own to its prediction.
+
+    training: annotations of the training captions, if there are any, which are not novel.
+    """
     hypotheses = {p["image_id"]: p["caption"] for p in predictions}
     references = {p["image_id"]: p["references"] for p in predictions}
-    options = {"java": java, "meteor": metrics.java_missing() is None}
+    options = {"java": cfg.java, "tokens": cfg.tokens}
+    options["meteor"] = metrics.java_missing(cfg.tokens) is None
+    if cfg.tokens == "words" and metrics.lack_spaces(hypotheses.values()):
+        print(metrics.SPACES_MISSING)
     scores, per_image = metrics.score(hypotheses, references, **options)
+    for name in predictions[0].get("scores", {}):  # CLIP's
+        scores[name] = float(np.mean([p["scores"][name] for p in predictions]))
     for p in predictions:
         own = per_image[p["image_id"]]
-        p["scores"] = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}
+        three = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}
+        p["scores"] = three | p.get("scores", {})
+    known = metrics.read_captions(training) if training.is_file() else []
+    both = metrics.token_strings([hypotheses.values(), known], tokens=cfg.tokens)
+    scores["diversity"] = metrics.diversity(*both)
+    if cfg.rerank != "none":
+        scores["rerank"] = f"{cfg.rerank} + {cfg.rerank_weight} log p"
     if all("facts" in p for p in predictions):
         from parts import shapes  # the built-in scenes, whose facts are known
 
@@ -401,9 +498,11 @@ def as_csv(predictions: list[dict]) -> str:
     """Return a table: ids, captions, references, and each caption's scores."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image_id", "file_name", "caption", "references", "bleu", "rouge_l", "cider"))
+    columns = ("bleu", "rouge_l", "cider")
+    writer.writerow(("image_id", "file_name", "caption", "references", *columns))
     for p in predictions:
-        figures = [f"{value:.4f}" for value in p.get("scores", {}).values()] or [""] * 3
+        values = [p.get("scores", {}).get(name) for name in columns]
+        figures = ["" if value is None else f"{value:.4f}" for value in values]
         references = " | ".join(p["references"])
         writer.writerow([p["image_id"], p["file_name"], p["caption"], references, *figures])
     # File names that are not UTF-8 hold surrogates, which cannot be written.

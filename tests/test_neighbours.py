@@ -1,22 +1,31 @@
-"""Borrowed captions and CLIPScore: the oracle is brute force, or known figures."""
+"""Borrowed captions, re-ranking and CLIPScore: the oracle is brute force, or known figures."""
 
+import csv
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, SMALL, outcome
 
 import metrics
-from data import Meta
+import prepare
+import sample
+import train
+from configurator import Config, ConfigError
+from data import Split
 from parts import neighbours, shapes
 from parts.common import UserError
 from parts.encoder import Encoder
 from parts.neighbours import ImageText, Neighbours
+from sample import SampleConfig
 
 FLICKR8K = ROOT.parent / "shared" / "flickr8k"
 SHAPES_CLIP = str(ROOT / "assets" / "shapes-clip")
+
 
 # ---------------------------------------------------------------------------------------------
 # Neighbours
@@ -60,6 +69,93 @@ def test_the_floor_of_flickr8k():
 
 
 # ---------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture
+def trained(here, no_java):
+    train.main(Config(**SMALL | dict(max_iters=30, eval_interval=30)))
+    return SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", device="cpu")
+
+
+def predictions_of(cfg: SampleConfig) -> list[dict]:
+    sample.main(cfg)
+    return json.loads(Path("out/tiny/val/predictions.json").read_text())
+
+
+def test_the_floor_is_written_and_scored_like_a_models_captions(trained, capfd):
+    args = ["--ckpt=out/tiny/ckpt.pt", "--split=val", "--method=nearest", "--neighbours=3"]
+    _, out, _ = outcome("sample.py", [*args, "--device=cpu", "--gallery"], capfd)
+    scores = json.loads(out.splitlines()[-1])
+    assert scores["diversity"]["novel"] == 0
+    predictions = json.loads(Path("out/tiny/val/predictions.json").read_text())
+    table = list(csv.reader(Path("out/tiny/val/predictions.csv").read_text().splitlines()))
+    assert [row[2] for row in table[1:]] == [p["caption"] for p in predictions]
+    assert scores["CIDEr"] == pytest.approx(np.mean([p["scores"]["cider"] for p in predictions]))
+    assert Path("out/tiny/val/gallery.html").is_file()
+    training, val = Split("data/tiny", "train"), Split("data/tiny", "val")
+    _, captions = training.references()
+    cosine = torch.nn.functional.cosine_similarity(
+        torch.tensor(val.embeddings[:, None, 0]).float(),
+        torch.tensor(training.embeddings[None, :, 0]).float(), dim=-1,
+    )  # fmt: skip
+    for row, p in zip(cosine, predictions, strict=True):
+        assert p["caption"] in [c for i in row.topk(3).indices for c in captions[i]]
+
+
+@pytest.mark.parametrize("method", ["beam", "sample"])
+@pytest.mark.parametrize("rerank", ["consensus", "neighbours"])
+def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rerank):
+    cfg = replace(trained, method=method, n_best=5)
+    before = predictions_of(cfg)
+    after = predictions_of(replace(cfg, rerank=rerank))
+    by_logprob = predictions_of(replace(cfg, rerank=rerank, rerank_weight=1e6))
+    training, val = Split("data/tiny", "train"), Split("data/tiny", "val")
+    _, captions = training.references()
+    strings = metrics.token_strings(captions)
+    cider = metrics.CiderD(strings, tokenize=str.split)
+    lent = Neighbours(training.embeddings, captions, strings, 20).borrow(
+        torch.tensor(val.embeddings)
+    )
+    for old, new, likely, (_, borrowed) in zip(before, after, by_logprob, lent, strict=True):
+        assert sorted(map(str, old["n_best"])) == sorted(map(str, new["n_best"]))
+        assert new["caption"] == new["n_best"][0]["caption"]
+        (own,) = metrics.token_strings([[n["caption"] for n in new["n_best"]]])
+        values = cider.agreement(own, borrowed if rerank == "neighbours" else None)
+        assert (np.diff(values) <= 1e-9).all()
+        logprobs = [n["logprob"] for n in likely["n_best"]]
+        assert logprobs == sorted(logprobs, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(split="train", method="nearest"), "captions are borrowed from train"),
+        (dict(rerank="consensus"), "rerank: does nothing without --n_best=2 or more"),
+        (dict(rerank_weight=1.0), "rerank_weight: does nothing without --rerank"),
+        (dict(neighbours=3), "neighbours: does nothing without"),
+        (
+            dict(method="nearest", prompt="a"),
+            "prompt and attention do nothing with --method=nearest",
+        ),
+        (dict(method="nearest", n_best=2), "n_best: expected at most 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        SampleConfig(**dict(ckpt="ckpt.pt", split="val") | settings)
+
+
+def test_captions_of_own_embeddings_are_not_judged_by_clip(trained):
+    beams = replace(trained, method="beam", n_best=2)
+    for cfg in (replace(trained, clip_score=True), replace(beams, rerank="clip")):
+        with pytest.raises(UserError, match="that no CLIP made"):
+            sample.main(cfg)
+    with pytest.raises(UserError, match="METEOR and --java count words"):
+        sample.main(replace(trained, java=True, tokens="characters"))
+
+
+# ---------------------------------------------------------------------------------------------
 # CLIP
 
 
@@ -77,7 +173,7 @@ def scenes():
 def test_true_captions_score_above_those_of_other_scenes(scenes):
     """By the tiny CLIP: CLIPScore about 1.8 and .2, RefCLIPScore about 1.25 and .17."""
     images, captions = scenes
-    judge = ImageText(Meta(**META | {"encoder": SHAPES_CLIP}), "", "cpu")
+    judge = ImageText(sample.Meta(**META | {"encoder": SHAPES_CLIP}), "", "cpu")
     x = judge.images(judge.encoder(images), [])
     texts = judge.texts([own[0] for own in captions])
     references = [judge.texts(own[1:]) for own in captions]
@@ -99,10 +195,78 @@ def test_images_of_a_grid_are_read_again(scenes, tmp_path):
     """A grid's embeddings are not what CLIP compares with texts; those of the files are."""
     images, _ = scenes
     images[0].save(tmp_path / "0.png")
-    grid = Meta(**META | {"encoder": SHAPES_CLIP, "features": "grid"})
+    grid = sample.Meta(**META | {"encoder": SHAPES_CLIP, "features": "grid"})
     judge = ImageText(grid, "", "cpu")
     x = judge.images(torch.zeros(1, 5, 128), [str(tmp_path / "0.png")])
     expected = Encoder(SHAPES_CLIP)([images[0]])[:, 0].float().numpy()
     np.testing.assert_allclose(x, expected / np.linalg.norm(expected), atol=1e-6)
     with pytest.raises(UserError, match="CLIP needs the image files .*: set --images"):
         judge.images(torch.zeros(1, 5, 128), [""])
+
+
+def test_clip_scores_and_reranks_the_captions_of_sample(scenes, tmp_path, monkeypatch, no_java):
+    monkeypatch.chdir(tmp_path)
+    images, captions = scenes
+    Path("photos").mkdir()
+    for split, numbers in {"train": range(40), "val": range(40, 60)}.items():
+        for i in numbers:
+            images[i].save(f"photos/{i}.png")
+        rows = [f'{i}.png,"{caption}"' for i in numbers for caption in captions[i]]
+        Path(f"{split}.csv").write_text("\n".join(["image,caption", *rows]))
+    small = SMALL | dict(max_iters=60, eval_interval=60)
+    prepare.main(
+        Config(dataset="tiny", source="csv", captions="{split}.csv", images="photos",
+               clip=SHAPES_CLIP, vocab_size=150, workers=0)
+    )  # fmt: skip
+    train.main(Config(**small | dict(block_size=64)))
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", method="sample", n_best=8)
+    cfg = replace(cfg, clip_score=True)
+    plain = sample.main(replace(cfg, out_json="plain.json"))
+    ranked = sample.main(replace(cfg, out_json="ranked.json", rerank="clip"))
+    assert ranked["CLIPScore"] > plain["CLIPScore"] + 0.1
+    for p in json.loads(Path("ranked.json").read_text()):
+        assert p["scores"].keys() == {"bleu", "rouge_l", "cider", "CLIPScore", "RefCLIPScore"}
+    files = replace(cfg, split="", image=("photos/41.png",), out_json="files.json")
+    sample.main(files)
+    (p,) = json.loads(Path("files.json").read_text())
+    assert p["scores"].keys() == {"CLIPScore"}
+    assert Path("files.csv").read_text().endswith(",,,,\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# A script without spaces
+
+
+def test_chinese_captions_from_prepare_to_scores(tmp_path, monkeypatch, capsys, no_java):
+    """Evaluation in training counts characters too: by words, every checkpoint had a CIDEr of 0."""
+    monkeypatch.chdir(tmp_path)
+    animals, colours, acts = (
+        ["狗", "猫", "马", "鸟"],
+        ["红", "黑", "白"],
+        ["在草地上奔跑", "在睡觉", "在吃东西"],
+    )
+    scenes = [(a, c, v) for a in animals for c in colours for v in acts]
+    rows = {"train": [], "val": []}
+    embeddings = np.zeros((len(scenes), 10), np.float16)
+    for i, (animal, colour, act) in enumerate(scenes):
+        for j, (words, word) in enumerate(((animals, animal), (colours, colour), (acts, act))):
+            embeddings[i, [0, 4, 7][j] + words.index(word)] = 1
+        split = "val" if i % 6 == 0 else "train"
+        rows[split] += [
+            f"{i}.png,一只{colour}色的{animal}{act}。",
+            f"{i}.png,{colour}{animal}{act}",
+        ]
+    for split, lines in rows.items():
+        Path(f"{split}.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    np.save("e.npy", embeddings)
+    Path("names.txt").write_text("\n".join(f"{i}.png" for i in range(len(scenes))))
+    prepare.main(
+        Config(dataset="tiny", source="csv", captions="{split}.csv", embeddings="e.npy",
+               embedding_names="names.txt", vocab_size=80)
+    )  # fmt: skip
+    assert train.main(Config(**SMALL | dict(max_iters=80, eval_interval=80)))["CIDEr"] > 0.5
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", split="val", device="cpu")
+    assert sample.main(replace(cfg, tokens="characters"))["CIDEr"] > 0.5
+    assert "without spaces" not in capsys.readouterr().out
+    assert sample.main(cfg)["CIDEr"] < 0.5
+    assert "without spaces" in capsys.readouterr().out
