@@ -89,7 +89,7 @@ class SampleConfig(Decoding):
             object.__setattr__(self, "split", "val")  # the class is frozen
         borrows = self.method == "nearest" or self.rerank == "neighbours"
         if borrows and self.split == "train":
-            raise ConfigError("captions are borrowed from train: choose another split", "split")
+            raise ConfigError("split `train` lends its captions: choose another split", "split")
         if self.method == "nearest" and (self.prompt or self.attention):
             raise ConfigError("prompt and attention do nothing with --method=nearest", "method")
         shown = self.split or self.gallery or self.out_json

@@ -127,7 +127,7 @@ def make_variant(scene: Scene, rng: random.Random) -> Scene:
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TIP = math.hypot(0.35, 1)  # of a cross: an arm is .7 r wide and r long
 TIP_ANGLE = math.degrees(math.atan2(0.35, 1))
-OUTLINES = {  # corners as (degrees, distance in radii), repeated each so many degrees
+OUTLINES = {  # degrees after which the corners repeat, and corners as (degrees, radii)
     "square": (90, [(45, 1.15)]),
     "triangle": (120, [(-90, 1.2)]),
     "cross": (90, [(-TIP_ANGLE, TIP), (TIP_ANGLE, TIP), (45, 0.35 * 2**0.5)]),
