@@ -160,7 +160,8 @@ def test_a_list_of_downloads_in_both_formats():
 
 def test_configs_of_the_repository_read_alike():
     for path in sorted(ROOT.glob("config/*.py")):
-        cfg = configure(Config, [str(path)])
+        begins_with = [path.with_name(f"{path.stem.removesuffix('_scst')}.py"), path]
+        cfg = configure(Config, list(map(str, begins_with)))
         for twin in [path.with_suffix(".yaml"), path.with_suffix(".yml")]:
             if twin.exists():
                 assert configure(Config, [str(twin)]) == cfg
@@ -503,7 +504,8 @@ def test_help_prints_every_setting_with_its_comment(capsys):
             [line] = [line for line in lines if line.startswith(f"{setting.name}: ")]
             assert "  # " in line and len(line) <= 110
         sections = [line.split()[2].strip(",") for line in lines if line.startswith("# -- ")]
-        assert sections == ["data", "shapes", "model", "training", "evaluation", "run"]
+        expected = "data shapes model training self-critical evaluation run"
+        assert sections == expected.split()
 
 
 def test_help_of_another_class(capsys):
