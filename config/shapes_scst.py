@@ -9,7 +9,7 @@ init_from = "out/shapes/ckpt.pt"
 scst_samples = 5
 
 batch_size = 32
-max_iters = 300
+max_iters = 150
 learning_rate = 1e-4
 warmup_iters = 0
 eval_interval = 50
