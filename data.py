@@ -318,27 +318,33 @@ class Order:
         return self._batches[number]
 
 
+def deal(images: np.ndarray, rank: int, world: int, micro_steps: int) -> list[np.ndarray]:
+    """Return a rank's micro-batches of the images of a batch.
+
+    They are dealt out one at a time, so that each micro-batch gets rows of similar length. Raises
+    UserError if there are fewer images than micro-batches of all ranks.
+    """
+    parts = world * micro_steps
+    if len(images) < parts:
+        raise UserError(
+            f"batch_size={len(images)} is less than {parts}, the processes x micro-steps"
+        )
+    return [images[m * world + rank :: parts] for m in range(micro_steps)]
+
+
 def batches(
     split: Split, order: Order, steps: range, rank: int = 0, world: int = 1, micro_steps: int = 1
 ) -> Iterator[tuple[list[dict], dict]]:
     """Yield, for each step, this rank's packed micro-batches and the counts of the whole batch.
 
-    The batch of a step is defined first and then dealt out, one image at a time, to `world` ranks
-    with `micro_steps` micro-batches each, so that each gets rows of similar length. The counts
+    The batch of a step is defined first and then dealt out (see `deal`). The counts
     ({"images", "captions", "targets"}) are global: no rank has to ask for them. A background
     thread prefetches.
-
-    Raises UserError if a batch has fewer images than there are micro-batches.
     """
-    parts = world * micro_steps
-    if order.batch_size < parts:
-        raise UserError(
-            f"batch_size={order.batch_size} is less than {parts}, the processes x micro-steps"
-        )
 
     def make(step: int) -> tuple[list[dict], dict]:
         images = order.batch(step)
-        packed = [split.pack(images[m * world + rank :: parts]) for m in range(micro_steps)]
+        packed = [split.pack(own) for own in deal(images, rank, world, micro_steps)]
         counts = {
             "images": len(images),
             "captions": int(split.n_captions[images].sum()),

@@ -24,13 +24,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data import Order, Split, pack_rows
+from data import Order, Split, deal, pack_rows
 from decode import Caption, Decoding, generate
 from metrics import VERSION, CiderD, tokenizer_for
 from model import ClipLM
 from parts.device import Device
-
-FIGURES = ("reward", "reward_spread", "length", "ended", "distinct")  # logged, mean per caption
 
 
 class SelfCritical:
@@ -53,19 +51,18 @@ class SelfCritical:
     def batches(self, order: Order, steps: range) -> Iterator[tuple[list[dict], dict]]:
         """Yield, for each step, this rank's micro-batches and the counts of the whole batch.
 
-        They are those of `data.batches`, apart from: `weights` (M,) in each micro-batch, and in
-        the counts the sum over all captions of each of FIGURES. Images are dealt to the ranks and
-        micro-batches in the same way. A sample depends on the seed, the step and its image, so
-        that any number of ranks draws the same captions.
+        They are those of `data.batches`, with `weights` (M,) in each micro-batch and with sums
+        over all captions in the counts, of which the log shows the means. A sample depends on the
+        seed, the step and its image, so that any number of ranks draws the same captions.
         """
-        parts = self.device.world * self.cfg.gradient_accumulation_steps
+        device, micro_steps = self.device, self.cfg.gradient_accumulation_steps
         for step in steps:
             images = order.batch(step)
-            first = range(self.device.rank, parts, self.device.world)
-            rollouts = [self.rollout(images[i::parts], step) for i in first]
-            names = ("captions", "targets", *FIGURES)
+            dealt = deal(images, device.rank, device.world, micro_steps)
+            rollouts = [self.rollout(own, step) for own in dealt]
+            names = rollouts[0][1]
             own = [sum(counts[name] for _, counts in rollouts) for name in names]
-            counts = dict(zip(names, self.device.sum(*own), strict=True))
+            counts = dict(zip(names, device.sum(*own), strict=True))
             yield [rows for rows, _ in rollouts], {"images": len(images), **counts}
 
     def signature(self) -> str:

@@ -12,7 +12,7 @@ from helpers import pack_by_loops
 
 import data
 import prepare
-from data import Order, Split, batches
+from data import Order, Split, batches, deal
 from parts.common import UserError, read_json, replacing, write_text
 from parts.sources import Record
 
@@ -197,3 +197,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "before" and os.listdir(path.parent) == ["file.txt"]
     write_text(path, json.dumps("after"))
     assert read_json(path) == "after"
+
+
+def test_a_batch_smaller_than_its_micro_batches_is_refused():
+    """In self-critical training it was an error of numpy's."""
+    with pytest.raises(UserError, match="batch_size=3 is less than 4, the processes x micro-steps"):
+        deal(np.arange(3), rank=0, world=2, micro_steps=2)
