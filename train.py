@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,7 +177,8 @@ class Training:
         if resumes:
             averaged = self.resume()
         elif cfg.init_from:
-            self.start_from(cfg.init_from)
+            self.load_weights(cfg.init_from, "begin with a checkpoint of this one")
+            self.progress.evaluated_at = -1  # its scores are measured before the first step
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device)
         if len(set(device.gather(self.progress.step))) > 1:
@@ -292,18 +294,13 @@ class Training:
         Notes what differs from the run that wrote it, and raises UserError if that is the dataset
         or the architecture.
         """
-        state = checkpoint.load(self.last_path)
-        before = Meta.from_dict(state["meta"], f"{self.last_path}: meta")
+        hint = "start without --resume to train on this one"
+        state = self.load_weights(self.last_path, hint)
         if "optimizer" not in state:
             raise UserError(f"{self.last_path} holds no optimizer: only a last.pt can be resumed")
-        checkpoint.refuse_other(
-            state, self.last_path, asdict(self.model.cfg), self.split.meta.changed_files(before),
-            "start without --resume to train on this one",
-        )  # fmt: skip
         self.notes += checkpoint.changed_settings(
             state["config"], asdict(self.cfg), but=("resume", "downloads")
         )
-        checkpoint.fill(self.model, state["model"], self.last_path)
         own = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
         if state["scaler"]:
@@ -318,19 +315,17 @@ class Training:
         self.progress = Progress.from_dict(state)
         return state["average"]
 
-    def start_from(self, path: str) -> None:
-        """Begin with a checkpoint's weights. Its scores are measured before the first step.
+    def load_weights(self, path: Path | str, hint: str) -> dict:
+        """Load a checkpoint's weights into the model. Return its content.
 
-        Raises UserError if it is of another dataset or architecture.
+        Raises UserError if it is of another dataset, with `hint`, or of another architecture.
         """
         content = checkpoint.load(path)
         before = Meta.from_dict(content["meta"], f"{path}: meta")
-        checkpoint.refuse_other(
-            content, path, asdict(self.model.cfg), self.split.meta.changed_files(before),
-            "begin with a checkpoint of this one",
-        )  # fmt: skip
+        changed_files = self.split.meta.changed_files(before)
+        checkpoint.refuse_other(content, path, asdict(self.model.cfg), changed_files, hint)
         checkpoint.fill(self.model, content["model"], path)
-        self.progress.evaluated_at = -1
+        return content
 
     def introduce(self) -> None:
         """Say what is trained, where, and what the user may not expect."""
