@@ -95,13 +95,15 @@ def train(cfg: Config, device: Device) -> dict | None:
         waiting_since = time.perf_counter()
         micro_batches, counts = next(stream)
         waited = time.perf_counter() - waiting_since
-        nll, norm = training.update(micro_batches, counts, lr)
+        nll = training.update(micro_batches, counts, lr)
         progress.step += 1
         training.average.update(progress.step)
 
-        # -- log. The loss is summed over the ranks only when it is shown.
+        # -- log. Only here does the CPU wait for a GPU, which otherwise has the next step's work
+        #    before it ends this one's. The loss is summed over the ranks only when it is shown.
         log.count(counts, waited)
         if progress.step % cfg.log_interval == 0:
+            norm = training.read_norms()
             (nll,) = device.sum(nll.item())
             log.line(progress.step, nll / counts["targets"], norm, lr)
 
@@ -168,6 +170,7 @@ class Training:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
         self.progress = Progress()
+        self.norms: list[torch.Tensor] = []  # of the gradients of each step since they were read
         self.nonfinite = 0  # gradients in a row
         self.notes: list[str] = []  # for the user, once there is a log
 
@@ -205,13 +208,10 @@ class Training:
         return batches(self.split, self.order, steps, self.device.rank, self.device.world,
                        self.cfg.gradient_accumulation_steps)  # fmt: skip
 
-    def update(
-        self, micro_batches: list[dict], counts: dict, lr: float
-    ) -> tuple[torch.Tensor, float]:
-        """Take one optimizer step. Return this rank's summed loss and the gradient's norm.
+    def update(self, micro_batches: list[dict], counts: dict, lr: float) -> torch.Tensor:
+        """Take one optimizer step. Return this rank's summed loss, on the device.
 
-        A gradient that is not finite is skipped, on all ranks alike. Raises UserError after 20 of
-        them in a row.
+        A gradient that is not finite is skipped, on all ranks alike: see `read_norms`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -241,21 +241,38 @@ class Training:
         #    and are scaled back before their norm is taken; otherwise the scaler does nothing.
         self.scaler.unscale_(self.optimizer)
         limit = self.cfg.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        self.nonfinite = 0 if math.isfinite(norm) else self.nonfinite + 1
-        if self.nonfinite:
-            self.log.say(f"step {self.progress.step + 1}: the gradient is not finite, skipped")
-        if self.nonfinite >= 20:
-            raise UserError(
-                f"the gradient was not finite {self.nonfinite} times in a row: lower "
-                f"learning_rate and resume from {self.last_path}"
-            )
-        # An enabled scaler must be called even then: it skips the step and lowers its scale.
-        if self.nonfinite == 0 or self.scaler.is_enabled():
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.norms.append(norm)
+        # A fused optimizer leaves weights and state alone if its `found_inf` is 1, which an enabled
+        # scaler sets too: nothing here waits for the norm, which would stall a GPU.
+        fused = self.optimizer.defaults["fused"]
+        if fused:
+            self.optimizer.found_inf = (~norm.isfinite()).float()
+        if fused or self.scaler.is_enabled() or norm.isfinite():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return nll, norm
+        return nll
+
+    def read_norms(self) -> float:
+        """Return the norm of the newest gradient, and say which were not finite since last asked.
+
+        Raises UserError after 20 of them in a row.
+        """
+        norms = torch.stack(self.norms).tolist()
+        self.norms.clear()
+        for step, norm in enumerate(norms, self.progress.step - len(norms) + 1):
+            if math.isfinite(norm):
+                self.nonfinite = 0
+                continue
+            self.nonfinite += 1
+            self.log.say(f"step {step}: the gradient is not finite, skipped")
+            if self.nonfinite == 20:
+                raise UserError(
+                    f"the gradient was not finite {self.nonfinite} times in a row: lower "
+                    f"learning_rate and resume from {self.last_path}"
+                )
+        return norms[-1]
 
     def add_noise(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Add Gaussian noise, a regulariser for small datasets. Normalised embeddings are scaled
@@ -273,6 +290,8 @@ class Training:
 
         ckpt.pt holds the averaged weights, if there are any: those that the scores belong to.
         """
+        if self.norms:
+            self.read_norms()
         random = self.device.gather(self.device.random_states())
         if not self.device.is_first:
             return

@@ -31,6 +31,7 @@ from helpers import (
     weights,
 )
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
 import train
@@ -304,6 +305,73 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_it(here, monkeypatc
     monkeypatch.setattr(train, "loss_sum", lambda m, b, s=0.0: plain(m, b, s) * math.nan)
     with pytest.raises(UserError, match="not finite 20 times in a row.*last.pt"):
         train.main(Config(**SMALL | dict(max_iters=40, eval_interval=40)))
+
+
+def test_a_skipped_step_changes_nothing_and_is_noted_at_the_end(here, monkeypatch, capfd):
+    """Neither weights nor moments nor their step counts; and no log line follows the last step."""
+    plain, calls = train.loss_sum, []
+
+    def nan_from_the_fifth(model, batch, label_smoothing=0.0):
+        calls.append(model.training)
+        nan = math.nan if sum(calls) >= 5 and model.training else 1.0
+        return plain(model, batch, label_smoothing) * nan
+
+    monkeypatch.setattr(train, "loss_sum", nan_from_the_fifth)
+    settings = SMALL | dict(max_iters=6, eval_interval=2, log_interval=100)
+    train.main(Config(**settings))
+    skipped = torch.load("out/tiny/last.pt", weights_only=True)
+    out = capfd.readouterr().out
+    assert "step 5: the gradient is not finite" in out and "step 6: the gradient is not" in out
+    monkeypatch.setattr(train, "loss_sum", plain)
+    train.main(Config(**settings | dict(max_iters=4, lr_decay_iters=6, out_dir="out/four")))
+    four = torch.load("out/four/last.pt", weights_only=True)
+    assert all(torch.equal(v, four["model"][k]) for k, v in skipped["model"].items())
+    for number, state in four["optimizer"]["state"].items():
+        assert all(
+            torch.equal(v, skipped["optimizer"]["state"][number][k]) for k, v in state.items()
+        )
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: a tensor's value, or a shape that depends on it."""
+
+    NAMES = "_local_scalar_dense nonzero masked_select equal _unique2".split()
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.NAMES or by_mask:
+            self.calls.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_waits_for_the_device(here, monkeypatch, dtype):
+    """A step once asked for its gradient's norm, so that a GPU waited for the next step's work."""
+    cfg = Config(**SMALL | dict(dtype=dtype, dropout=0.1, ema=0.9, embedding_noise=0.1,
+                                gradient_accumulation_steps=2))  # fmt: skip
+    training = train.Training(cfg, Device("cpu", dtype))
+    reads, as_list = Reads(), torch.Tensor.tolist
+
+    def tolist(tensor):  # reads a CPU's tensor without an operator
+        reads.calls.append("tolist")
+        return as_list(tensor)
+
+    stream = training.batches(range(4))
+    steps = [next(stream) for _ in range(4)]
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with reads:
+        for micro_batches, counts in steps:
+            training.update(micro_batches, counts, 1e-3)
+            training.progress.step += 1
+            training.average.update(training.progress.step)
+        assert reads.calls == []
+        assert training.read_norms() > 0
+        assert reads.calls == ["tolist"]
 
 
 def test_mfu_is_at_most_one(here, monkeypatch):
