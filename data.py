@@ -38,10 +38,9 @@ ENCODING = ("encoder", "features", "grid", "n_positions", "embedding_dim")  # mu
 
 
 def files_of(split: str) -> list[str]:
-    """Return the names of a split's files."""
-    return [f"{split}_{name}.npy" for name in ("embeddings", "tokens", "offsets")] + [
-        f"{split}.json"
-    ]
+    """Return the names of the files that a split is read from."""
+    names = ("_embeddings.npy", "_tokens.npy", "_offsets.npy", ".json")
+    return ["tokenizer.model", *(split + name for name in names)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,7 +122,8 @@ class Meta:
     @classmethod
     def read(cls, folder: Path) -> "Meta":
         """Read meta.json. Raise UserError if there is no dataset, or of another format."""
-        path, hint = folder / "meta.json", "run `python prepare.py config/<name>.py` first"
+        path = folder / "meta.json"
+        hint = "run `python prepare.py config/<name>.py` first"
         content = read_json(path, hint)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a dataset of format {FORMAT}: {hint}")
@@ -137,10 +137,11 @@ class Meta:
     def write(self, folder: Path) -> None:
         """Add what is known of the files and write meta.json, a dataset's last file."""
         files = {}
-        for name in ("tokenizer.model", *(f for split in self.splits for f in files_of(split))):
-            path = folder / name
-            size = path.stat().st_size
-            files[name] = {"bytes": size, "sha256": sha256(path), "sample": fingerprint(path)}
+        for split in self.splits:
+            for name in files_of(split):
+                path = folder / name
+                size = path.stat().st_size
+                files[name] = {"bytes": size, "sha256": sha256(path), "sample": fingerprint(path)}
         write_text(folder / "meta.json", json.dumps(asdict(self) | {"files": files}, indent=1))
 
     @property
@@ -158,12 +159,8 @@ class Meta:
 
     def changed_files(self, other: "Meta") -> list[str]:
         """Return the names of the files whose SHA-256 is not the other's."""
-        nothing = {"sha256": ""}
-        return [
-            name
-            for name in self.files | other.files
-            if self.files.get(name, nothing)["sha256"] != other.files.get(name, nothing)["sha256"]
-        ]
+        names = self.files | other.files
+        return [name for name in names if self.files.get(name) != other.files.get(name)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,8 +186,12 @@ class Split:
         if name not in self.meta.splits:
             known = ", ".join(self.meta.splits)
             raise UserError(f"{folder} has no split `{name}`; it has: {known}")
-        for file in ("tokenizer.model", *files_of(name)):
-            self._check(file)
+        for file in files_of(name):
+            path = self.folder / file
+            if not path.is_file() or fingerprint(path) != self.meta.files[file]["sample"]:
+                raise UserError(
+                    f"{path} is missing or not as prepare.py wrote it: run prepare.py again"
+                )
         model = (self.folder / "tokenizer.model").read_bytes()
         self.tokenizer = Tokenizer(model, self.meta.lowercase)
         self.embeddings = self._load("embeddings")
@@ -205,17 +206,6 @@ class Split:
 
     def _load(self, array: str) -> np.ndarray:
         return np.load(self.folder / f"{self.name}_{array}.npy", mmap_mode="r")
-
-    def _check(self, file: str) -> None:
-        path, made = self.folder / file, self.meta.files[file]
-        again = "run prepare.py again"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {again}")
-        size = path.stat().st_size
-        if size != made["bytes"]:
-            raise UserError(f"{path} has {size} bytes, not the {made['bytes']} written: {again}")
-        if fingerprint(path) != made["sample"]:
-            raise UserError(f"{path} is not the file that prepare.py wrote: {again}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -372,10 +362,8 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     for i in range(0, len(records), 4096):  # the lists of ids would take more room than the texts
         some = records[i : i + 4096]
         captions = [c for record in some for c in record.captions]
-        if some[0].tokens:
-            encoded = [ids for record in some for ids in record.tokens]
-        else:
-            encoded = tokenizer.encode_all(captions)
+        encoded = [ids for record in some for ids in record.tokens or ()]
+        encoded = encoded or tokenizer.encode_all(captions)
         for caption, ids, text in zip(captions, encoded, tokenizer.sp.decode(encoded), strict=True):
             original = caption.lower() if tokenizer.lowercase else caption
             if text != original and tokenizer.unk not in ids:
@@ -385,7 +373,8 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     if changed:
         example = "`{}` to `{}`".format(*changed[0])
         print(printable(f"{split}: the tokenizer changes {len(changed)} captions, first {example}"))
-    tokens, lengths = np.concatenate(tokens), np.concatenate(lengths)
+    tokens = np.concatenate(tokens)
+    lengths = np.concatenate(lengths)
     per_image = np.array([len(record.captions) for record in records], np.int64)
     offsets = np.concatenate(([0], per_image.cumsum(), [0], lengths.cumsum()))
     write_array(folder / f"{split}_tokens.npy", tokens)
