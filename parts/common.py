@@ -67,7 +67,8 @@ def run(main: Callable, *args) -> None:
     line and exits with status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its
     traceback.
     """
-    sys.stdout, sys.stderr = out, _ = Output(sys.stdout), Output(sys.stderr)
+    out = sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # parts.start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     line, status = "", 0
@@ -211,18 +212,14 @@ def read_log(path: Path | str) -> list[dict]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found: train.py writes it")
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # the last line is empty or torn
         try:
             row = json.loads(line)
-            if not isinstance(row["step"], int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines) - 1:
-                break
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not a line of train.py's log") from None
-        rows.append(row)
     return rows
 
 
