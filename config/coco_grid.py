@@ -1,7 +1,7 @@
-"""COCO captions (Karpathy's split), all 50 tokens of CLIP ViT-B/32: class token and 7 x 7 patches.
+"""COCO with all 50 tokens of CLIP ViT-B/32, class token and 7 x 7 patches; over config/coco.py.
 
-    python prepare.py config/coco_grid.py
-    torchrun --nproc_per_node=8 train.py config/coco_grid.py
+    python prepare.py config/coco.py config/coco_grid.py
+    torchrun --nproc_per_node=8 train.py config/coco.py config/coco_grid.py
     python sample.py --ckpt out/coco_grid/ckpt.pt --split test --method beam
 
 8.7 GB of embeddings, memory-mapped. Not yet run on a GPU. Published results for grid features and
@@ -9,31 +9,6 @@ a transformer trained from scratch: CIDEr 1.13 to 1.15 after cross-entropy train
 """
 
 dataset = "coco_grid"
-source = "karpathy"
-captions = "downloads/coco/dataset_coco.json"
-images = "downloads/coco"
-downloads = [
-    "http://images.cocodataset.org/zips/train2014.zip downloads/coco/train2014 ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-    "http://images.cocodataset.org/zips/val2014.zip downloads/coco/val2014 fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-    "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip downloads/coco/dataset_coco.json",
-]
-clip = "openai/clip-vit-base-patch32"
 features = "grid"
-lowercase = True
-vocab_size = 8192
-
-n_layer = 6
-n_head = 8
-n_embd = 512
+mapper = "linear"
 block_size = 128
-dropout = 0.1
-
-batch_size = 256
-max_iters = 9000  # 20 epochs of 442 steps
-learning_rate = 1e-3
-min_lr = 1e-5
-warmup_iters = 500
-label_smoothing = 0.1
-ema = 0.999
-eval_interval = 442
-eval_images = 5000

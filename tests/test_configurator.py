@@ -158,13 +158,10 @@ def test_a_list_of_downloads_in_both_formats():
         assert configure(Config, ["--dataset=d", path]).downloads == entries
 
 
-def test_configs_of_the_repository_read_alike():
+def test_configs_of_the_repository_are_read():
     for path in sorted(ROOT.glob("config/*.py")):
-        begins_with = [path.with_name(f"{path.stem.removesuffix('_scst')}.py"), path]
-        cfg = configure(Config, list(map(str, begins_with)))
-        for twin in [path.with_suffix(".yaml"), path.with_suffix(".yml")]:
-            if twin.exists():
-                assert configure(Config, [str(twin)]) == cfg
+        begins_with = [path.with_name(f"{path.stem.partition('_')[0]}.py"), path]
+        configure(Config, list(map(str, begins_with)))
 
 
 def test_empty_files_set_nothing():
