@@ -18,7 +18,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import metrics
 from configurator import Config, configure
 from data import Meta, Order, Split, batches
-from decode import Decoding, generate
+from decode import Caption, Decoding, generate
 from model import ClipLM, ModelConfig, loss_sum
 from parts import checkpoint
 from parts.checkpoint import Progress
@@ -74,7 +74,7 @@ def train(cfg: Config, device: Device) -> dict | None:
         stopping = device.any(training.signals.asked)
         scores, is_best = None, False
         if is_evaluation_due(progress, cfg) and not stopping:
-            scores, samples = training.evaluator.evaluate(lambda: training.signals.asked)
+            scores, samples = training.evaluator.evaluate()
             stopping = scores is None
         if scores:
             is_best = progress.record(scores)
@@ -183,7 +183,7 @@ class Training:
             self.load_weights(cfg.init_from, "begin with a checkpoint of this one")
             self.progress.evaluated_at = -1  # its scores are measured before the first step
         self.average = Average(self.model, cfg.ema, averaged)
-        self.evaluator = Evaluator(self.average.model, validation, cfg, device)
+        self.evaluator = Evaluator(self.average.model, validation, cfg, device, self.signals)
         if len(set(device.gather(self.progress.step))) > 1:
             raise UserError(
                 f"{self.last_path} is not the same on every machine: all must share its folder"
@@ -440,18 +440,17 @@ class Evaluator:
 
     BATCH = 64  # images
 
-    def __init__(self, model: ClipLM, split: Split, cfg: Config, device: Device):
-        self.model, self.split, self.device = model, split, device
-        images = len(split)
-        chosen = np.linspace(0, images - 1, min(cfg.eval_images or images, images))
-        self.images = np.unique(chosen.astype(np.int64))  # spread evenly, the same every time
+    def __init__(self, model: ClipLM, split: Split, cfg: Config, device: Device, signals: Signals):
+        self.model, self.split, self.device, self.signals = model, split, device, signals
+        n = min(cfg.eval_images or len(split), len(split))
+        self.images = np.linspace(0, len(split) - 1, n, dtype=np.int64)  # the same every time
         _, self.references = split.references()
         split_text = metrics.tokenizer_for(self.references)
         self.cider = metrics.CiderD(self.references, tokenize=split_text)  # of the whole split
         self.n_samples = cfg.samples
 
     @torch.inference_mode()
-    def evaluate(self, should_stop: Callable[[], bool]) -> tuple[dict | None, list[str]]:
+    def evaluate(self) -> tuple[dict | None, list[str]]:
         """Return the figures, the same on every rank, and sample captions to print.
 
         The figures are None if any rank had to stop. They are: val_loss, nats per token;
@@ -460,26 +459,27 @@ class Evaluator:
         share of captions that ended by themselves and were not cut at the longest length.
         """
         self.model.eval()
-        nll, shuffled, targets = self.losses(should_stop)
-        own_captions, ended = self.captions(should_stop)
+        sums = self.losses()
+        own_captions = self.captions()
         self.model.train()
-        if self.device.any(should_stop()):
+        if self.device.any(self.signals.asked):
             return None, []
-        nll, shuffled, targets, ended = self.device.sum(nll, shuffled, targets, ended)
+        nll, shuffled, targets = self.device.sum(*sums)
         by_rank = self.device.gather(own_captions)
-        world = self.device.world
-        # rank r captioned images r, r + world, ...: put them back in order
-        captions = [by_rank[i % world][i // world] for i in range(len(self.images))]
+        found = {image: caption for part in by_rank for image, (caption,) in part.items()}
+        texts = [self.split.tokenizer.decode(found[image].ids) for image in self.images]
         scores = {
             "val_loss": nll / targets,
             "shuffled_loss": shuffled / targets,
-            "CIDEr": float(self.cider.score(self.images, captions).mean()),
-            "distinct": len(set(captions)) / len(captions),
-            "ended": ended / len(captions),
+            "CIDEr": float(self.cider.score(self.images, texts).mean()),
+            "distinct": len(set(texts)) / len(texts),
+            "ended": sum(caption.ended for caption in found.values()) / len(texts),
         }
-        return scores, self.samples(captions)
+        shown = np.linspace(0, len(texts) - 1, min(self.n_samples, len(texts)), dtype=int)
+        samples = [f"    {texts[i]}   ⟵ {self.references[self.images[i]][0]}" for i in shown]
+        return scores, samples
 
-    def losses(self, should_stop: Callable[[], bool]) -> tuple[float, float, float]:
+    def losses(self) -> tuple[float, float, float]:
         """Return this rank's summed loss, the same with each embedding replaced by that of the
         image before, and the number of targets."""
         nll = shuffled = targets = 0.0
@@ -487,7 +487,7 @@ class Evaluator:
         rows = [by_length[i : i + self.BATCH] for i in range(0, len(by_length), self.BATCH)]
         own = rows[self.device.rank :: self.device.world]
         for batch in prefetch(self.split.pack, own):
-            if should_stop():
+            if self.signals.asked:
                 break
             batch = self.device.put(batch)
             other = batch | {"embeddings": batch["embeddings"].roll(1, 0)}
@@ -497,28 +497,21 @@ class Evaluator:
             targets += len(batch["targets"])
         return nll, shuffled, targets
 
-    def captions(self, should_stop: Callable[[], bool]) -> tuple[list[str], int]:
-        """Return greedy captions of this rank's share of `images`, and how many of them ended."""
-        captions = []
-        ended = 0
+    def captions(self) -> dict[int, list[Caption]]:
+        """Return the greedy caption of each of this rank's share of `images`."""
+        captions: dict[int, list[Caption]] = {}
         tokenizer = self.split.tokenizer
         longest = self.split.meta.longest_caption
         own = self.images[self.device.rank :: self.device.world]
         for i in range(0, len(own), self.BATCH):
-            if should_stop():
+            if self.signals.asked:
                 break
-            embeddings = self.split.embedding(own[i : i + self.BATCH])
-            embeddings = embeddings.to(self.device.torch_device)
+            some = own[i : i + self.BATCH]
+            embeddings = self.split.embedding(some).to(self.device.torch_device)
             with self.device.autocast():
                 best = generate(self.model, embeddings, tokenizer, Decoding(), longest=longest)
-            captions += [tokenizer.decode(caption.ids) for (caption,) in best]
-            ended += sum(caption.ended for (caption,) in best)
-        return captions, ended
-
-    def samples(self, captions: list[str]) -> list[str]:
-        """Return some captions, each next to a reference."""
-        chosen = np.linspace(0, len(captions) - 1, min(self.n_samples, len(captions))).astype(int)
-        return [f"    {captions[i]}   ⟵ {self.references[self.images[i]][0]}" for i in chosen]
+            captions.update(zip(some, best, strict=True))
+        return captions
 
 
 if __name__ == "__main__":
