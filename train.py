@@ -161,11 +161,15 @@ class Training:
 
         # -- the model, the same on every rank, and its optimizer
         torch.manual_seed(cfg.seed)
-        self.model = ClipLM(model_config(cfg, self.split.meta, len(self.split.tokenizer)))
+        self.model = ClipLM(model_config(cfg, self.split.meta))
         self.model.to(device.torch_device)
         torch.manual_seed(cfg.seed + device.rank)  # dropout differs by rank, first weights do not
+        # Matrices decay; biases and layer norms, which only shift and scale, do not.
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model, cfg.weight_decay), betas=(cfg.beta1, cfg.beta2),
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2),
             fused=device.type != "mps",
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
@@ -372,11 +376,9 @@ class Training:
             self.log.say(f"    note: {note}")
 
 
-def model_config(cfg: Config, meta: Meta, vocab_size: int) -> ModelConfig:
+def model_config(cfg: Config, meta: Meta) -> ModelConfig:
     """Return the settings of the model. Raise UserError if block_size is too short."""
-    known = asdict(cfg) | {"vocab_size": vocab_size}
-    for name in ("features", "embedding_dim", "n_positions", "normalize"):
-        known[name] = getattr(meta, name)
+    known = asdict(cfg) | asdict(meta)
     config = ModelConfig(**{field.name: known[field.name] for field in fields(ModelConfig)})
     needed = config.prefix_length + meta.longest_caption
     if needed > cfg.block_size:
@@ -385,17 +387,6 @@ def model_config(cfg: Config, meta: Meta, vocab_size: int) -> ModelConfig:
             f"and a caption of {meta.longest_caption}: set --block_size={needed}"
         )
     return config
-
-
-def optimizer_groups(model: ClipLM, weight_decay: float) -> list[dict]:
-    """Return parameter groups for AdamW. Matrices decay; biases and layer norms, which only shift
-    and scale, do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
 
 
 class Average:
