@@ -364,8 +364,6 @@ class Training:
             self.log.say(f"resumed from {self.last_path} at step {step}")
         elif cfg.resume:
             self.log.say(f"no {self.last_path} yet: starting from scratch")
-        if step > cfg.max_iters:
-            self.notes.append(f"max_iters is {cfg.max_iters}: there is nothing left to do")
         for name in ("features", "grid", "normalize", "lowercase"):
             asked, prepared = getattr(cfg, name), getattr(self.split.meta, name)
             if asked != prepared:
@@ -393,20 +391,16 @@ class Average:
     """A copy of the model whose weights are the exponential moving average of the model's.
 
     Averaged weights caption better than those of any one step (Polyak & Juditsky 1992). They are
-    evaluated and shared, but never trained: training continues from the model's own.
-
-    Args:
-        decay: 0 turns it off: `model` is then the model itself.
-        weights: averaged weights to start from; empty: the model's own.
+    evaluated and shared, but never trained: training continues from the model's own. With a decay
+    of 0 there is no average: `model` is the model itself. A resumed average starts from `weights`.
     """
 
     def __init__(self, model: ClipLM, decay: float, weights: dict):
         self.decay = decay
         self.source = model
-        self.model = model
-        if decay:
-            self.model = copy.deepcopy(model)
-            self.model.load_state_dict(weights or model.state_dict())
+        self.model = copy.deepcopy(model) if decay else model
+        if decay and weights:
+            self.model.load_state_dict(weights)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
