@@ -8,7 +8,6 @@ LOG.md says which settings made the CLIP in assets/, and how long each fact take
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
-import copy
 import json
 import math
 import random
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from parts import shapes
-from parts.common import UserError, run, write_text
+from parts.common import UserError, append, run, write_text
 from parts.shapes import Scene, Spot
 
 FAMILY = 8  # scenes that differ in one fact at most
@@ -45,7 +44,6 @@ class ShapesConfig:
     learning_rate: float = 1.5e-3
     warmup: int = 300
     seed: int = 1
-    threads: int = 0  # CPU threads (0: torch's choice)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,8 +182,6 @@ def train_clip(cfg: ShapesConfig) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     torch.manual_seed(cfg.seed)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     rng = random.Random(f"clip/{cfg.seed}")
     scenes = make_families(cfg.families, rng)
     model, tokenizer, processor = open_clip(cfg, scenes, rng)
@@ -206,44 +202,43 @@ def train_clip(cfg: ShapesConfig) -> None:
     out = Path(cfg.out)
     began = time.time()
     order: list[int] = []
-    with open(out / "train_log.jsonl", "w") as log:
-        bar = tqdm(range(1, cfg.steps + 1), desc="training", unit="step")
-        for step in bar:
-            if len(order) < cfg.batch:
-                order = rng.sample(range(cfg.families), cfg.families)
-            families = [order.pop() for _ in range(cfg.batch)]
-            batch = [FAMILY * family + j for family in families for j in range(FAMILY)]
-            x = (augment(pixels[batch], rng) - mean) / std  # (B, 3, side, side)
+    write_text(out / "train_log.jsonl", "")
+    bar = tqdm(range(1, cfg.steps + 1), desc="training", unit="step")
+    for step in bar:
+        if len(order) < cfg.batch:
+            order = rng.sample(range(cfg.families), cfg.families)
+        families = [order.pop() for _ in range(cfg.batch)]
+        batch = [FAMILY * family + j for family in families for j in range(FAMILY)]
+        x = (augment(pixels[batch], rng) - mean) / std  # (B, 3, side, side)
+        with torch.autocast("cpu", torch.bfloat16):
+            images = model.visual_projection(model.vision_model(x).pooler_output)
+        images = F.normalize(images.float(), dim=-1)  # (B, D)
+        unsaid = {name for name in ("background", "size", "colour") if rng.random() < 0.5}
+        total = 0.0
+        for left_out in (unsaid, set()):
+            pairs = [clip_caption(scenes[i], spots[i], left_out, rng) for i in batch]
+            inputs = tokenizer([text for text, _ in pairs], padding=True, return_tensors="pt")
             with torch.autocast("cpu", torch.bfloat16):
-                images = model.visual_projection(model.vision_model(x).pooler_output)
-            images = F.normalize(images.float(), dim=-1)  # (B, D)
-            unsaid = {name for name in ("background", "size", "colour") if rng.random() < 0.5}
-            total = 0.0
-            for left_out in (unsaid, set()):
-                pairs = [clip_caption(scenes[i], spots[i], left_out, rng) for i in batch]
-                inputs = tokenizer([text for text, _ in pairs], padding=True, return_tensors="pt")
-                with torch.autocast("cpu", torch.bfloat16):
-                    texts = model.text_projection(model.text_model(**inputs).pooler_output)
-                texts = F.normalize(texts.float(), dim=-1)  # (B, D)
-                logits = model.logit_scale.exp() * images @ texts.T  # (B, B)
-                loss, floor, accuracy = contrast(logits, [key for _, key in pairs])
-                total = total + loss
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
-            if step % 100 == 0 or step == cfg.steps:
-                row = {"step": step, "loss": loss.item(), "floor": floor.item(),
-                       "accuracy": accuracy.item(), "scale": model.logit_scale.exp().item(),
-                       "minutes": (time.time() - began) / 60}  # fmt: skip
-                bar.set_postfix(loss=row["loss"] - row["floor"], accuracy=row["accuracy"])
-                log.write(json.dumps({name: round(x, 4) for name, x in row.items()}) + "\n")
-                log.flush()
-            if step % 1000 == 0 or step == cfg.steps:
-                copy.deepcopy(model).half().save_pretrained(out)
+                texts = model.text_projection(model.text_model(**inputs).pooler_output)
+            texts = F.normalize(texts.float(), dim=-1)  # (B, D)
+            logits = model.logit_scale.exp() * images @ texts.T  # (B, B)
+            loss, floor, accuracy = contrast(logits, [key for _, key in pairs])
+            total = total + loss
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if step % 100 == 0 or step == cfg.steps:
+            row = {"step": step, "loss": loss.item(), "floor": floor.item(),
+                   "accuracy": accuracy.item(), "scale": model.logit_scale.exp().item(),
+                   "minutes": (time.time() - began) / 60}  # fmt: skip
+            bar.set_postfix(loss=row["loss"] - row["floor"], accuracy=row["accuracy"])
+            line = json.dumps({name: round(x, 4) for name, x in row.items()})
+            append(out / "train_log.jsonl", line + "\n")
+    model.half().save_pretrained(out)
 
 
 # ---------------------------------------------------------------------------------------------
