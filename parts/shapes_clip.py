@@ -1,7 +1,6 @@
-"""What trained the tiny CLIP in assets/, and linear probes of what its embeddings know.
+"""What trained the tiny CLIP in assets/.
 
     python -m parts.shapes_clip --train_clip
-    python -m parts.shapes_clip --probe
 
 LOG.md says which settings made the CLIP in assets/, and how long each fact takes to be learned.
 """
@@ -35,7 +34,6 @@ class ShapesConfig:
     """Settings of `python -m parts.shapes_clip`."""
 
     train_clip: bool = False  # train the tiny CLIP and write it to `out`
-    probe: bool = False  # fit linear probes to the embeddings of the CLIP in `out`
     out: str = "assets/shapes-clip"  # the folder, in transformers' format
     start: str = ""  # folder of a CLIP to continue from; empty: a new one
     families: int = 20000  # scenes rendered, each with seven variants that differ in one fact
@@ -241,87 +239,10 @@ def train_clip(cfg: ShapesConfig) -> None:
     model.half().save_pretrained(out)
 
 
-# ---------------------------------------------------------------------------------------------
-# What the embeddings know
-
-QUESTIONS = ("background", "shape", "colour", "size", "count", "relation", "colour of two")
-
-
-def answers(scene: Scene) -> dict[str, str | int]:
-    """Return what the questions ask of a scene: of one group its attributes; of two, the relation
-    and the colour of the group whose shape comes first in the alphabet."""
-    first, *others = sorted(scene.groups, key=lambda group: group.shape)
-    labels: dict = {"background": scene.background}
-    if others:
-        labels["colour of two"] = first.colour
-    else:
-        labels |= {name: getattr(first, name) for name in ("shape", "colour", "size", "count")}
-    if scene.relation:
-        labels["relation"] = scene.relation
-        if first is not scene.groups[0]:
-            labels["relation"] = shapes.OPPOSITE[scene.relation]
-    return labels
-
-
-def accuracies(data: dict[str, tuple], question: str) -> list[float]:
-    """Fit a logistic regression on train. Return its accuracy on test and on novel scenes."""
-    labels = {answer[question] for answer in data["train"][1] if question in answer}
-    classes = sorted(labels, key=str)
-    x = {}
-    y = {}
-    for split, (embeddings, known) in data.items():
-        rows = [i for i, answer in enumerate(known) if question in answer]
-        x[split] = embeddings[rows]
-        y[split] = torch.tensor([classes.index(known[i][question]) for i in rows])
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(x["train"].size(1), len(classes))
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, weight_decay=0.1)
-    for _ in range(300):
-        optimizer.zero_grad()
-        F.cross_entropy(layer(x["train"]), y["train"]).backward()
-        optimizer.step()
-    is_right = [layer(x[split]).argmax(1) == y[split] for split in ("test", "novel")]
-    return [round(right.float().mean().item(), 3) for right in is_right]
-
-
-def probe(cfg: ShapesConfig) -> dict[str, dict[str, float]]:
-    """Return the accuracy, in 0..1, of linear classifiers on the frozen embeddings of new scenes:
-    for each question {"pooled", "pooled novel", "grid", "grid novel"}."""
-    from parts.encoder import Encoder
-
-    results: dict[str, dict[str, float]] = {question: {} for question in QUESTIONS}
-    for features in ("pooled", "grid"):
-        encoder = Encoder(cfg.out, features)
-        data = {}
-        for split, n in (("train", 6000), ("test", 2000), ("novel", 2000)):
-            scenes, images = [], []
-            for i in range(n):
-                rng = random.Random(f"probe/{split}/{i}")
-                scenes.append(shapes.make_scene(rng, novel=split == "novel"))
-                images.append(shapes.render(scenes[-1], rng))
-            parts = [encoder(images[i : i + 250]) for i in range(0, n, 250)]
-            x = torch.cat(parts).flatten(1).float()  # (n, P * D)
-            if split == "train":
-                mean, std = x.mean(0), x.std(0) + 1e-6
-            data[split] = ((x - mean) / std, [answers(scene) for scene in scenes])
-        for question in QUESTIONS:
-            seen_pairs, novel_pairs = accuracies(data, question)
-            results[question] |= {features: seen_pairs, f"{features} novel": novel_pairs}
-    for question, scores in results.items():
-        print(f"{question}: " + ", ".join(f"{name} {x:.3f}" for name, x in scores.items()))
-    return results
-
-
-# ---------------------------------------------------------------------------------------------
-
-
 def main(cfg: ShapesConfig) -> None:
-    if not (cfg.train_clip or cfg.probe):
-        raise UserError("nothing to do: give --train_clip or --probe (--help lists all settings)")
-    if cfg.train_clip:
-        train_clip(cfg)
-    if cfg.probe:
-        write_text(Path(cfg.out) / "probes.json", json.dumps(probe(cfg), indent=1))
+    if not cfg.train_clip:
+        raise UserError("nothing to do: give --train_clip (--help lists all settings)")
+    train_clip(cfg)
 
 
 if __name__ == "__main__":

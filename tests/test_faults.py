@@ -327,7 +327,7 @@ LIMITS = {  # script -> flags that come last and keep a run tiny, whatever was d
     "train.py": "--max_iters=2 --eval_images=2 --compile=false --track=none --n_layer=1",
     "prepare.py": "--shapes_train=2 --shapes_eval=1 --workers=0 --downloads= --clip=dir",
     "sample.py": "--track=none --max_len=5",
-    "parts/shapes_clip.py": "--families=4 --steps=1 --batch=2 --probe=false",
+    "parts/shapes_clip.py": "--families=4 --steps=1 --batch=2",
     "bench.py": "--ckpt=none.pt",
 }
 USUAL = {  # script -> a command that works
