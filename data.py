@@ -379,7 +379,8 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     offsets = np.concatenate(([0], per_image.cumsum(), [0], lengths.cumsum()))
     write_array(folder / f"{split}_tokens.npy", tokens)
     write_array(folder / f"{split}_offsets.npy", offsets)
-    write_references(folder / f"{split}.json", records)
+    with replacing(folder / f"{split}.json") as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(references_as_json(records))
     return {
         "images": len(records),
         "captions": len(lengths),
@@ -389,24 +390,25 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     }
 
 
-def write_references(path: Path, records: list) -> None:
-    """Write images and captions in COCO's annotation format, entry by entry: there may be
-    millions."""
-    images = (
-        {"id": r.id, "file_name": r.file_name} | ({"facts": r.facts} if r.facts else {})
-        for r in records
-    )
-    captions = ((r, i) for r in records for i in range(len(r.captions)))
-    annotations = (
-        {"id": r.caption_ids[i] if r.caption_ids else n, "image_id": r.id, "caption": r.captions[i]}
-        for n, (r, i) in enumerate(captions)
-    )
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
-        for begin, entries in (('{"images": [', images), ('], "annotations": [', annotations)):
-            file.write(begin)
-            for i, entry in enumerate(entries):
-                file.write((", " if i else "") + json.dumps(entry))
-        file.write("]}")
+def references_as_json(records: list) -> Iterator[str]:
+    """Yield images and captions as JSON in COCO's format, in pieces: there may be millions."""
+    separator = '{"images": ['
+    for record in records:
+        image = {"id": record.id, "file_name": record.file_name}
+        if record.facts:
+            image["facts"] = record.facts
+        yield separator + json.dumps(image)
+        separator = ", "
+    separator = '], "annotations": ['
+    first = 0  # number of the record's first caption
+    for record in records:
+        ids = record.caption_ids or range(first, first + len(record.captions))
+        for number, caption in zip(ids, record.captions, strict=True):
+            entry = {"id": number, "image_id": record.id, "caption": caption}
+            yield separator + json.dumps(entry)
+            separator = ", "
+        first += len(record.captions)
+    yield "]}"
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
