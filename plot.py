@@ -60,12 +60,10 @@ def draw(runs: dict[str, list[dict]]):
         panel.spines[["top", "right"]].set_visible(False)
         for i, rows in enumerate(runs.values()):
             for key, style, _ in PANELS[title]:
-                logged = [row for row in rows if isinstance(row.get(key), int | float)]
-                if logged:
-                    steps = [row["step"] for row in logged]
-                    values = [row[key] for row in logged]
-                    marker = "." if len(steps) == 1 else None
-                    panel.plot(steps, values, style, color=f"C{i % 10}", lw=1.4, marker=marker)
+                steps = [row["step"] for row in rows if key in row]
+                values = [row[key] for row in rows if key in row]
+                marker = "." if len(steps) == 1 else None
+                panel.plot(steps, values, style, color=f"C{i % 10}", lw=1.4, marker=marker)
     styles = [Line2D([], [], color="gray", ls=ls, label=label) for _, ls, label in PANELS["loss"]]
     panels["loss"].legend(handles=styles, frameon=False, fontsize=9)
     colors = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(runs)]
@@ -76,9 +74,10 @@ def draw(runs: dict[str, list[dict]]):
 def main(cfg: PlotConfig) -> None:
     if Path(cfg.out).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"out={cfg.out}: give a name that ends in .png, .svg or .pdf")
-    runs = dict(zip(run_names(cfg.logs), map(read_log, cfg.logs), strict=True))
-    for path, rows in zip(cfg.logs, runs.values(), strict=True):
-        if not rows:
+    runs = {}
+    for name, path in zip(run_names(cfg.logs), cfg.logs, strict=True):
+        runs[name] = read_log(path)
+        if not runs[name]:
             raise UserError(f"{path} holds no line yet: wait for the first step, or leave it out")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(cfg.out, dpi=130)
