@@ -72,9 +72,7 @@ def save(path: Path, content: dict) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch.save hides the OSError behind its own
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise error.__context__ or error from None
 
 
 def load(path: Path | str) -> dict:
