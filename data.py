@@ -157,10 +157,12 @@ class Meta:
             if getattr(other, name) != getattr(self, name)
         )
 
-    def changed_files(self, other: "Meta") -> list[str]:
-        """Return the names of the files whose SHA-256 is not the other's."""
-        names = self.files | other.files
-        return [name for name in names if self.files.get(name) != other.files.get(name)]
+    def refuse_other(self, trained_on: "Meta", path: Path | str, hint: str) -> None:
+        """Raise UserError, with `hint`, if a checkpoint was trained on other files than these."""
+        names = self.files | trained_on.files
+        changed = ", ".join(n for n in names if self.files.get(n) != trained_on.files.get(n))
+        if changed:
+            raise UserError(f"{path} was trained on another dataset: {changed} differ: {hint}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ import metrics
 from configurator import ConfigError, configure, one_of, within
 from data import Meta, Split
 from decode import Caption, Decoding, generate, load_captioner
-from parts import checkpoint
 from parts.common import UserError, append, owning, printable, run, sha256, write_text
 from parts.device import Device, lay_out_by_columns
 from parts.neighbours import ImageText, Neighbours
@@ -324,9 +323,8 @@ def fitting_split(cfg: SampleConfig, meta: Meta, folder: Path, name: str) -> Spl
     if differences := meta.differences(split.meta):
         raise UserError(f"{folder} does not fit {cfg.ckpt}: it has {differences}")
     if not cfg.other_dataset:
-        changed = split.meta.changed_files(meta)
         hint = "add --other_dataset to caption this one all the same"
-        checkpoint.refuse_other_dataset(cfg.ckpt, changed, hint)
+        split.meta.refuse_other(meta, cfg.ckpt, hint)
     return split
 
 

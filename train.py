@@ -344,9 +344,13 @@ class Training:
         Raises UserError if it is of another dataset, with `hint`, or of another architecture.
         """
         content = checkpoint.load(path)
-        before = Meta.from_dict(content["meta"], f"{path}: meta")
-        changed_files = self.split.meta.changed_files(before)
-        checkpoint.refuse_other(content, path, asdict(self.model.cfg), changed_files, hint)
+        trained_on = Meta.from_dict(content["meta"], f"{path}: meta")
+        self.split.meta.refuse_other(trained_on, path, hint)
+        changed = checkpoint.changed_settings(
+            content["model_config"], asdict(self.model.cfg), but=("dropout",)
+        )
+        if changed:
+            raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")
         checkpoint.fill(self.model, content["model"], path)
         return content
 

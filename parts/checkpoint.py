@@ -110,30 +110,6 @@ def fill(model: nn.Module, weights: dict, path: Path | str) -> None:
         raise UserError(f"{path}: its weights do not fit its settings: {reason}") from None
 
 
-def refuse_other_dataset(path: Path | str, changed_files: list[str], hint: str) -> None:
-    """Raise UserError if a dataset's files are not those that a checkpoint was trained on."""
-    if changed_files:
-        names = ", ".join(changed_files)
-        raise UserError(f"{path} was trained on another dataset: {names} differ: {hint}")
-
-
-def refuse_other(
-    content: dict, path: Path | str, model_config: dict, changed_files: list[str], hint: str
-) -> None:
-    """Raise UserError if a checkpoint does not fit a run: of another dataset or architecture.
-
-    Args:
-        content: what the checkpoint holds.
-        model_config: the run's settings of the model, as a dict.
-        changed_files: the dataset's files that are not those it was trained on.
-        hint: what to do then.
-    """
-    refuse_other_dataset(path, changed_files, hint)
-    changed = changed_settings(content["model_config"], model_config, but=("dropout",))
-    if changed:
-        raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")
-
-
 def changed_settings(before: dict, now: dict, but: tuple[str, ...]) -> list[str]:
     """Return a line for each setting that differs, apart from some."""
     return [
