@@ -14,6 +14,7 @@ import itertools
 import math
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -325,13 +326,45 @@ def stated_facts(text: str) -> set[str]:
     return facts
 
 
-def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float]:
-    """Return precision, recall and F1, in 0..1, of the facts that captions state, over all images;
-    `truths` holds the facts of each caption's scene."""
+def by_kind(facts: Iterable[str]) -> dict[str, set[str]]:
+    """Return the facts of each kind. That a shape is there, which others imply, is one as well."""
+    kinds: dict[str, set[str]] = {kind: set() for kind in VALUES}
+    for fact in facts:
+        subject, _, value = fact.partition(": ")
+        if not value:
+            kinds["relation"].add(fact)
+        elif subject == "background":
+            kinds["background"].add(fact)
+        else:
+            kinds["shape"].add(subject)
+            kind = next(kind for kind, values in VALUES.items() if value in map(str, values))
+            kinds[kind].add(fact)
+    return kinds
+
+
+def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float | dict]:
+    """Return precision, recall and F1, in 0..1, of the facts that captions state, over all images,
+    and `by_kind` the F1 of each kind of fact that occurs; `truths` holds the facts of each
+    caption's scene."""
     stated = [stated_facts(caption) for caption in captions]
-    correct = sum(len(facts & set(truth)) for facts, truth in zip(stated, truths, strict=True))
+    true = [set(truth) for truth in truths]
+    scores: dict[str, float | dict] = agreement(stated, true)
+    stated_kinds = [by_kind(facts) for facts in stated]
+    true_kinds = [by_kind(facts) for facts in true]
+    scores["by_kind"] = {}
+    for kind in VALUES:
+        own = [kinds[kind] for kinds in stated_kinds]
+        others = [kinds[kind] for kinds in true_kinds]
+        if any(own + others):
+            scores["by_kind"][kind] = agreement(own, others)["f1"]
+    return scores
+
+
+def agreement(stated: list[set[str]], true: list[set[str]]) -> dict[str, float]:
+    """Return precision, recall and F1, in 0..1, of stated facts, over all images."""
+    correct = sum(len(own & facts) for own, facts in zip(stated, true, strict=True))
     precision = correct / max(1, sum(map(len, stated)))
-    recall = correct / max(1, sum(map(len, truths)))
+    recall = correct / max(1, sum(map(len, true)))
     f1 = 2 * precision * recall / max(1e-12, precision + recall)
     return {"precision": precision, "recall": recall, "f1": f1}
 

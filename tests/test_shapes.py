@@ -42,9 +42,11 @@ def test_a_variant_differs_in_few_facts():
 def test_facts_of_wrong_captions_are_wrong():
     truth = [["background: black", "circle: 1", "circle: red", "circle: small"]]
     right = shapes.score_facts(["a small red circle on a black background"], truth)
-    assert right == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    kinds = {kind: 1.0 for kind in ("background", "size", "colour", "shape", "count")}
+    assert right == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "by_kind": kinds}
     wrong = shapes.score_facts(["a small blue circle on a black background"], truth)
     assert wrong["precision"] == wrong["recall"] == 0.75
+    assert wrong["by_kind"] == kinds | {"colour": 0.0}
     assert shapes.score_facts(["two dogs run"], truth)["f1"] == 0.0
     assert shapes.stated_facts("a RED circle, left of one ring!") == {
         "circle: red", "circle: 1", "ring: 1", "circle left of ring",
