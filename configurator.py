@@ -46,7 +46,7 @@ class Config:
     embedding_names: str = ""  # text file: the image file name of each row, one per line
     val_images: int = 0  # images moved from train to val if the source has no val split
     vocab_size: int = 8192  # subwords, learned from the training captions
-    tokenizer: str = ""  # your own sentencepiece model, used instead of learning one
+    tokenizer: str = ""  # your sentencepiece model, or a byte-level BPE's name or folder (gpt2)
     lowercase: bool = False  # lower-case captions before tokenizing
     max_bad: float = 0.01  # stop if more than this share of the images is unreadable
     encode_batch: int = 64  # images encoded at a time

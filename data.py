@@ -1,7 +1,8 @@
 """The dataset directory `data/<name>/`: how it is written, checked, and read in packed batches.
 
 meta.json                how it was made; the counts; size and SHA-256 of every other file
-tokenizer.model          sentencepiece BPE, trained on the training captions only
+tokenizer.model          sentencepiece BPE, trained on the training captions only; or a byte-level
+                         BPE such as GPT-2's, as JSON (parts/gpt2.py)
 <split>_embeddings.npy   (images, n_positions, D) float16, memory-mapped
 <split>_tokens.npy       uint16 or uint32: bos caption bos caption ..., all images end to end
 <split>_offsets.npy      int64, two lists end to end: the first caption of each image, the first
@@ -32,6 +33,7 @@ from parts.common import (
     sha256,
     write_text,
 )
+from parts.gpt2 import BytePairs
 
 FORMAT = 1  # of the directory; raised when it changes
 ENCODING = ("encoder", "features", "grid", "n_positions", "embedding_dim")  # must fit a model
@@ -48,21 +50,24 @@ def files_of(split: str) -> list[str]:
 
 
 class Tokenizer:
-    """A sentencepiece model held as bytes, so that a checkpoint can carry it.
+    """A tokenizer held as bytes, so that a checkpoint can carry it.
 
     Args:
-        model: the content of a sentencepiece model file.
+        model: the content of a sentencepiece model file, or what gpt2.read_tokenizer returns.
         lowercase: lower-case every text first.
         name: what to call it in errors.
 
-    Raises UserError if it is not such a model, or lacks bos, eos or unk.
+    Raises UserError if it is neither, or lacks bos, eos or unk.
     """
 
     def __init__(self, model: bytes, lowercase: bool = False, name: str = "tokenizer"):
         self.model = model
         self.lowercase = lowercase
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if model.startswith(b'{"version"'):
+                self.sp = BytePairs(model)
+            else:
+                self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError(f"{name} is not a sentencepiece model") from None
         self.bos, self.eos, self.unk = self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id()

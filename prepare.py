@@ -43,6 +43,7 @@ from parts import encoder as clip
 from parts import sources
 from parts.common import UserError, fingerprint, naming, read_json, replacing, run, sync, write_text
 from parts.device import Device
+from parts.gpt2 import read_tokenizer
 from parts.sources import Record
 
 SYNC = 5.0  # seconds between fsyncs
@@ -70,7 +71,11 @@ def gather_inputs(cfg: Config) -> tuple[Splits, Tokenizer]:
     """Download what is missing; return the records of each split and the tokenizer."""
     tokenizer = None
     if cfg.tokenizer:
-        model = Path(cfg.tokenizer).read_bytes()
+        path = Path(cfg.tokenizer)
+        if path.is_file() or path.suffix == ".model":
+            model = path.read_bytes()
+        else:
+            model = read_tokenizer(cfg.tokenizer)
         tokenizer = Tokenizer(model, cfg.lowercase, cfg.tokenizer)
     if not cfg.embeddings:
         clip.extras()

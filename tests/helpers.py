@@ -102,7 +102,7 @@ def pack_by_loops(images: list[list[list[int]]]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# A tiny CLIP, and photos for it
+# A tiny CLIP, a tiny GPT-2, and photos
 
 SIDE, PATCH = 32, 8
 
@@ -134,6 +134,31 @@ def tiny_clip(folder, kind="clip", projection=24, vocab=9):
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
+
+
+def tiny_gpt2(folder, layers=2, **changes):
+    """A random GPT-2 with a byte-level BPE of some 330 tokens, in transformers' format."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    bpe.train_from_iterator([f" {word}" for word in WORDS], trainer)
+    folder.mkdir()
+    bpe.model.save(str(folder))  # vocab.json and merges.txt, GPT-2's own files
+    torch.manual_seed(0)
+    sizes = dict(n_embd=32, n_layer=layers, n_head=2, n_positions=48)
+    config = transformers.GPT2Config(vocab_size=bpe.get_vocab_size(), bos_token_id=None,
+                                     eos_token_id=None, **sizes | changes)  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for p in model.parameters():  # larger than at initialisation, biases too: mistakes show
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder)
+    return model
 
 
 def picture(width, height, seed=0):
