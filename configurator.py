@@ -66,6 +66,7 @@ class Config:
     dropout: float = 0.1  # everywhere in the decoder
     bias: bool = False  # give the decoder's linear layers and layer norms a bias
     # -- training -------------------------------------------------------------------------
+    init_from: str = ""  # begin with a checkpoint's weights, or GPT-2's (name or folder)
     batch_size: int = 64  # images per step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps that a batch is split into
     max_iters: int = 10000  # training steps
@@ -82,7 +83,6 @@ class Config:
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
     # -- self-critical training -----------------------------------------------------------
     objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
-    init_from: str = ""  # checkpoint whose weights training begins with
     from_scratch: bool = False  # scst without init_from, from random weights
     scst_samples: int = 5  # captions sampled of each image
     scst_references: float = 0.0  # scst: weight of the references' cross-entropy beside the reward

@@ -31,7 +31,7 @@ from configurator import Config, configure
 from data import Meta, Order, Split, batches
 from decode import Caption, Decoding, generate
 from model import ClipLM, ModelConfig, loss_sum
-from parts import checkpoint
+from parts import checkpoint, gpt2
 from parts.checkpoint import Progress
 from parts.common import UserError, prefetch, run
 from parts.device import Device, Signals, keep_freed_memory
@@ -184,7 +184,10 @@ class Training:
         if resumes:
             averaged = self.resume()
         elif cfg.init_from:
-            self.load_weights(cfg.init_from, "begin with a checkpoint of this one")
+            if cfg.init_from.endswith(".pt") or Path(cfg.init_from).is_file():
+                self.load_weights(cfg.init_from, "begin with a checkpoint of this one")
+            else:
+                gpt2.load_decoder(self.model, cfg.init_from)
             self.progress.evaluated_at = -1  # its scores are measured before the first step
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device, self.signals)

@@ -155,8 +155,8 @@ def tiny_gpt2(folder, layers=2, **changes):
     config = transformers.GPT2Config(vocab_size=bpe.get_vocab_size(), bos_token_id=None,
                                      eos_token_id=None, **sizes | changes)  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
-    for p in model.parameters():  # larger than at initialisation, biases too: mistakes show
-        torch.nn.init.normal_(p, std=0.1)
+    for p in model.parameters():  # biases too, so that mistakes show
+        p.data += 0.1 * torch.randn_like(p)
     model.save_pretrained(folder)
     return model
 

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import many, tiny_gpt2
+import torch
+from helpers import many, mistake, tiny_gpt2, weights
 
 import prepare
+import train
 from configurator import Config
 from data import Split, Tokenizer
+from model import ClipLM, ModelConfig
 from parts.common import UserError
-from parts.gpt2 import read_tokenizer
+from parts.gpt2 import load_decoder, read_tokenizer
 
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +110,96 @@ def test_tokenizers_that_cannot_serve_are_refused(gpt2, tmp_path):
     words = transformers.BertTokenizer(vocab={"[UNK]": 0, "a": 1, "b": 2}, eos_token="b")
     words.save_pretrained(own)
     refused("own is not a byte-level BPE", own)
+
+
+# ---------------------------------------------------------------------------------------------
+# The weights
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=True)
+TRAINING = SIZES | dict(n_prefix=3, mapper="mlp", batch_size=8, max_iters=6, learning_rate=1e-2,
+                        min_lr=1e-3, warmup_iters=2, eval_interval=3, dropout=0.1, device="cpu",
+                        dtype="float32")  # fmt: skip
+
+
+def vocabulary(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_the_logits_are_gpt2s(tmp_path, layers):
+    """GPT2LMHeadModel, fed our prefix and tokens as `inputs_embeds`, and our packed rows. The
+    published weights of `gpt2` take the same path, but could not be had here."""
+    theirs = tiny_gpt2(tmp_path / "gpt2", layers)
+    V, P = vocabulary(tmp_path / "gpt2"), 3
+    sizes = SIZES | dict(n_layer=layers, n_prefix=P, embedding_dim=12, vocab_size=V + 2)
+    model = ClipLM(ModelConfig(**sizes)).eval()
+    mapper = {name: value.clone() for name, value in model.mapper.state_dict().items()}
+    load_decoder(model, str(tmp_path / "gpt2"))
+    assert all(torch.equal(value, mapper[k]) for k, value in model.mapper.state_dict().items())
+    chance = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(2, 1, 12, generator=chance)
+    captions = torch.randint(0, V, (2, 3, 9), generator=chance)  # two images, three captions each
+    prefix = model.project(embeddings).repeat_interleave(3, 0)
+    tokens = captions.flatten(0, 1)
+    inputs = torch.cat((prefix, theirs.transformer.wte(tokens)), 1)
+    expected = theirs(inputs_embeds=inputs).logits[:, P:].flatten(0, 1)
+    rows = captions.flatten(1)
+    segments = torch.arange(27).div(9, rounding_mode="floor").add(1).expand_as(rows)
+    positions = torch.arange(27).remainder(9).expand_as(rows)
+    with torch.no_grad():
+        logits = model(embeddings, rows, segments, positions, torch.arange(54))
+    assert expected.std() > 0.1
+    assert torch.allclose(logits[:, :V], expected, rtol=0, atol=1e-5)
+    mean = logits[:, :V].mean(1)  # bos and pad begin as the mean of all tokens
+    assert torch.allclose(logits[:, V:], mean[:, None].expand(-1, 2), atol=1e-5)
+
+
+def test_training_begins_with_it_and_needs_it_no_more(mine, gpt2, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(gpt2, folder)
+    cfg = mine | TRAINING | dict(init_from=str(folder))
+    train.main(Config(**cfg | dict(out_dir="whole")))
+    train.main(Config(**cfg | dict(out_dir="halves", max_iters=3, lr_decay_iters=6)))
+    shutil.rmtree(folder)  # the run has its own copy
+    train.main(Config(**cfg | dict(out_dir="halves", lr_decay_iters=6, resume=True)))
+    whole, halves = weights("whole/last.pt"), weights("halves/last.pt")
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
+    scored = [row["val_loss"] for row in log if "val_loss" in row]
+    assert len(scored) == 3 and scored[-1] < scored[0]  # the first before the first step
+
+
+def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd):
+    def refused(**changes) -> str:
+        settings = mine | TRAINING | dict(init_from=str(folder)) | changes
+        return mistake("train.py", [f"--{k}={v}" for k, v in settings.items()], capfd)
+
+    folder = gpt2
+    assert "n_layer is 2, not 3, bias is True, not False" in refused(n_layer=3, bias=False)
+    assert "block_size=64 exceeds the 48 positions of" in refused(block_size=64)
+    prepare.main(Config(**mine | dict(dataset="learned", tokenizer="", vocab_size=64)))
+    line = refused(dataset="learned")
+    assert f"has {vocabulary(gpt2)} tokens, the dataset's tokenizer " in line
+    assert f"prepare the dataset with --tokenizer={gpt2}" in line
+
+    folder = tmp_path / "other"
+    shutil.copytree(gpt2, folder)
+    settings = folder / "config.json"
+    changed(settings, activation_function="relu", tie_word_embeddings=False)
+    line = refused()
+    assert "other architecture: activation_function is relu, not gelu_new, tie_word_emb" in line
+    changed(settings, model_type="opt")
+    assert "other is of another architecture: model_type is opt, not gpt2" in refused()
+    changed(settings, auto_map={"AutoModelForCausalLM": "theirs.Model"})
+    assert "other needs code of its own, which is not run" in refused()
+    shutil.copy(gpt2 / "config.json", settings)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "no file named model.safetensors" in refused()
+    lacking = load_file(gpt2 / "model.safetensors")
+    del lacking["transformer.h.1.ln_2.bias"]
+    save_file(lacking, folder / "model.safetensors", {"format": "pt"})
+    assert "other lacks weights: transformer.h.1.ln_2.bias" in refused()
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    assert "other could not be loaded: " in refused()
+    settings.unlink()
+    assert "other is of another architecture: model_type is None, not gpt2" in refused()
