@@ -74,6 +74,8 @@ class Config:
     min_lr: float = 1e-4  # minimum, reached after the decay
     warmup_iters: int = 200  # steps of linear warmup
     lr_decay_iters: int = 0  # step at which the decay ends, 0 = max_iters
+    lr_decay: str = "cosine"  # cosine, or linear: constant for one half, straight for the other
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the decoder
     weight_decay: float = 0.1  # of matrices only, not of vectors
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -113,6 +115,8 @@ class Config:
         one_of(self, "source", "shapes karpathy coco flickr csv jsonl shards")
         one_of(self, "features", "pooled grid")
         one_of(self, "mapper", "linear mlp")
+        one_of(self, "lr_decay", "cosine linear")
+        one_of(self, "optimizer", "adamw muon")
         one_of(self, "objective", "xe scst")
         one_of(self, "dtype", "auto bfloat16 float16 float32")
         one_of(self, "track", "none mlflow")

@@ -36,6 +36,7 @@ from parts.checkpoint import Progress
 from parts.common import UserError, prefetch, run
 from parts.device import Device, Signals, keep_freed_memory
 from parts.log import Log
+from parts.muon import Muon
 from parts.tracking import Tracker
 from selfcritical import SelfCritical
 
@@ -122,8 +123,9 @@ def learning_rate(step: int, cfg: Config) -> float:
     """Return the learning rate of a step, counted from 0.
 
     Linear warmup, then half a cosine from learning_rate down to min_lr (Loshchilov & Hutter 2017,
-    arXiv:1608.03983), which is kept from lr_decay_iters on. Self-critical training keeps
-    learning_rate instead, unless lr_decay_iters is set.
+    arXiv:1608.03983), which is kept from lr_decay_iters on; or, with lr_decay=linear, constant for
+    the first half and then a straight line. Self-critical training keeps learning_rate instead,
+    unless lr_decay_iters is set.
     """
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
@@ -131,8 +133,10 @@ def learning_rate(step: int, cfg: Config) -> float:
         return cfg.learning_rate
     end = cfg.lr_decay_iters or cfg.max_iters
     decayed = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
-    cosine = 0.5 * (1 + math.cos(math.pi * decayed))
-    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
+    share = 0.5 * (1 + math.cos(math.pi * decayed))
+    if cfg.lr_decay == "linear":
+        share = min(1.0, 2 * (1 - decayed))
+    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,11 +171,16 @@ class Training:
         # Matrices decay; biases and layer norms, which only shift and scale, do not.
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        options = dict(
             weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2),
             fused=device.type != "mps",
         )  # fmt: skip
+        if cfg.optimizer == "muon":
+            inner = [p for p in self.model.transformer.h.parameters() if p.dim() == 2]
+            self.optimizer = Muon(groups, inner, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
         self.progress = Progress()
         self.norms: list[torch.Tensor] = []  # of the gradients of each step since they were read
@@ -327,6 +336,9 @@ class Training:
         self.notes += checkpoint.changed_settings(
             state["config"], asdict(self.cfg), but=("resume", "downloads")
         )
+        before = state["config"].get("optimizer", "adamw")
+        if before != self.cfg.optimizer:
+            raise UserError(f"{self.last_path} was written with --optimizer={before}: resume so")
         own = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
         if state["scaler"]:
