@@ -4,6 +4,8 @@
     python bench.py train                                   # COCO's sizes, synthetic captions
     python bench.py train --quick                           # tiny: does it run?
     python bench.py scst --ckpt out/flickr8k/ckpt.pt        # a self-critical step
+    python bench.py gpu                                     # what a GPU does (bench_gpu.py)
+    python bench.py parity                                  # the same run on CPU and GPU
 
 Contestants alternate, so that machine noise affects all equally. Figures are medians over the
 turns, with minimum and maximum; ratios are taken turn by turn. The last line has the same figures
@@ -89,14 +91,14 @@ def show(figures: dict[str, float], form: str = ".1f") -> str:
     return f"{figures['median']:{form}} ({figures['min']:{form}}–{figures['max']:{form}})"
 
 
-def speeds(seconds: dict[str, list[float]], captions: int) -> list[dict]:
+def speeds(seconds: dict[str, list[float]], captions: int, base: str = "ours") -> list[dict]:
     """Return and print each contestant's captions per second, and its time divided by ours."""
     rows = []
     for name, times in seconds.items():
-        ratio = summary(b / a for a, b in zip(seconds["ours"], times, strict=True))
+        ratio = summary(b / a for a, b in zip(seconds[base], times, strict=True))
         per_second = summary(captions / time_ for time_ in times)
         rows.append({"contestant": name, "captions_per_s": per_second, "times_ours": ratio})
-        print(f"  {name:<14}{show(per_second):>28} captions/s    x {show(ratio, '.2f')}")
+        print(f"  {name:<16}{show(per_second):>28} per s    x {show(ratio, '.2f')}")
     return rows
 
 
@@ -368,6 +370,7 @@ class Trainee(torch.nn.Module):
         )  # fmt: skip
         torch.manual_seed(0)
         self.model = ClipLM(size).to(device.torch_device)
+        self.run = self.model  # what is called: it may be compiled
         if name == "transformers":
             self.gpt2 = as_gpt2(self.model)
             del self.model.transformer, self.model.lm_head
@@ -388,13 +391,13 @@ class Trainee(torch.nn.Module):
     def loss(self, batch: dict) -> torch.Tensor:
         """Return the cross-entropy, summed over the targets."""
         if self.name == "ours":
-            return loss_sum(self.model, batch)
+            return loss_sum(self.run, batch)
         embeddings, tokens, targets = batch["embeddings"], batch["tokens"], batch["targets"]
         if self.name == "padded":
             positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
             everywhere = torch.arange(tokens.numel(), device=tokens.device)
             segments = torch.ones_like(tokens)
-            logits = self.model(embeddings, tokens, segments, positions, everywhere)
+            logits = self.run(embeddings, tokens, segments, positions, everywhere)
         else:
             prefix = self.model.project(embeddings)
             words = self.gpt2.transformer.wte(tokens)
@@ -523,13 +526,12 @@ def usual_rollout(critic: SelfCritical, images: np.ndarray, step: int) -> dict:
     K, split, tokenizer = critic.cfg.scst_samples, critic.split, critic.split.tokenizer
     repeated = np.repeat(images, K)
     embeddings = split.embedding(repeated)
+    on_device = embeddings.to(critic.device.torch_device)
     greedy = Decoding(max_len=critic.max_len)
     sampling = replace(greedy, method="sample", min_len=0, seed=step)
     with critic.device.autocast():
-        best = generate(critic.model, split.embedding(images), tokenizer, greedy)
-        drawn = generate(
-            critic.model, embeddings, tokenizer, sampling, numbers=range(len(repeated))
-        )
+        best = generate(critic.model, on_device[::K], tokenizer, greedy)
+        drawn = generate(critic.model, on_device, tokenizer, sampling, numbers=range(len(repeated)))
     best, drawn = ([caption.ids for (caption,) in found] for found in (best, drawn))
     rewards = critic.cider.score(
         np.concatenate((repeated, images)), [tokenizer.decode(ids) for ids in (*drawn, *best)]
@@ -622,18 +624,24 @@ MODES = {
 
 def main(argv: list[str]) -> dict:
     """Run `bench.py <mode> [--flags]`. Return the content of the last line."""
-    if not argv or argv[0] not in MODES:
+    import bench_gpu
+
+    modes = MODES | bench_gpu.MODES
+    if not argv or argv[0] not in modes:
         if {"-h", "--help"} & set(argv):
             print(__doc__.strip())
             raise SystemExit(0)
         raise UserError(
-            "bench.py: say what to measure, `train`, `decode` or `scst`, before any --flag"
+            "bench.py: say what to measure, `train`, `decode`, `scst`, `gpu` or `parity`, "
+            "before any --flag"
         )
-    settings, mode = MODES[argv[0]]
+    settings, mode = modes[argv[0]]
     cfg = configure(settings, argv[1:], __doc__, files=False)
     extras()
     result = mode(cfg)
     print(json.dumps({"bench": argv[0], **result}))
+    if result.get("failed"):
+        raise SystemExit(1)
     return result
 
 

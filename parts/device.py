@@ -156,6 +156,7 @@ class Device:
         """Return the seconds that a product of two (n, n) matrices takes."""
         own = torch.Generator(self.torch_device)  # leaves the draws of training alone
         a = torch.randn(n, n, device=self.torch_device, generator=own).to(self.dtype)
+        a[0, 0].item()  # waits until a GPU has drawn them
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         return time.perf_counter() - begin

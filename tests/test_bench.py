@@ -8,10 +8,11 @@ import torch
 from helpers import SMALL
 
 import bench
+import bench_gpu
 import train
 from configurator import Config
 from data import Split
-from decode import Caption, load_captioner
+from decode import Caption, Decoding, load_captioner
 from model import ClipLM, ModelConfig, loss_sum
 from parts import checkpoint
 from parts.common import UserError
@@ -123,9 +124,74 @@ def test_the_usual_rows_have_the_gradient_of_ours(here):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
 
+def test_every_section_of_the_gpu_bench_runs(tmp_path, capsys):
+    """On a CPU, with tiny sizes: GPU time is rare, so it has to be right the first time."""
+    out = tmp_path / "gpu.jsonl"
+    flags = ["--quick", "--device=cpu", "--dtype=float32", f"--out={out}"]
+    result = bench.main(["gpu", *flags])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == {"bench": "gpu", **result}
+    assert result["failed"] == [] and list(result["sections"]) == list(bench_gpu.SECTIONS)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["section"] for row in rows] == list(bench_gpu.SECTIONS)
+    assert {row["section"]: row["result"] for row in rows} == result["sections"]
+    for case in [*result["sections"]["training"], *result["sections"]["grid"]]:
+        names = [row["contestant"] for row in case["contestants"]]
+        assert names == ["ours", "ours compiled", "padded", "padded compiled", "transformers"]
+        assert all(row["mfu"]["median"] > 0 for row in case["contestants"])
+    assert [(c["method"], c["same"]) for c in result["sections"]["decoding"]] == [
+        ("greedy", 1.0), ("beam", 1.0), ("greedy", 1.0), ("beam", 1.0),
+    ]  # fmt: skip
+    assert len(result["sections"]["profile"]["eager"]["kernels"]) == 10
+
+
+def test_a_section_that_fails_is_reported_and_the_next_ones_run(tmp_path, capsys, monkeypatch):
+    def broken(lab):
+        raise RuntimeError("out of memory")
+
+    sections = {"broken": (1, broken), "whole": (1, lambda lab: 3), "long": (1000, broken)}
+    monkeypatch.setattr(bench_gpu, "SECTIONS", sections)
+    cfg = bench_gpu.GpuBench(device="cpu", dtype="float32", minutes=1, out=str(tmp_path / "o"))
+    result = bench_gpu.gpu(cfg)
+    printed = capsys.readouterr().out
+    assert "FAILED: broken" in printed and "RuntimeError: out of memory" in printed
+    assert "== long: skipped" in printed
+    assert result["failed"] == ["broken"]
+    assert result["sections"] == {"broken": None, "whole": 3}
+    monkeypatch.setitem(bench_gpu.MODES, "gpu", (bench_gpu.GpuBench, lambda cfg: result))
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["gpu"])
+    assert stop.value.code == 1
+    with pytest.raises(UserError, match="sections: no nothing; there are broken whole long"):
+        bench.main(["gpu", "--sections=nothing"])
+
+
+def test_a_cpu_equals_itself(capsys):
+    result = bench.main(["parity", "--quick", "--device=cpu", "--steps=5"])
+    assert result["failed"] == [] and result["losses"] == {"cpu": 0.0, "again": 0.0}
+    assert all(result["captions"][how]["differ"] == 0 for how in ("greedy", "beam"))
+    resumed = result["resume"]
+    assert resumed["struck"] and resumed["logged"] >= 25 and resumed["kept"] >= 20
+    assert resumed["losses"] == resumed["weights"] == 0
+    assert result["waits"] == {"synchronisations": 0, "updates": 10}
+    assert "losses of 5 steps differ by at most 0.0e+00" in capsys.readouterr().out
+
+
+def test_bytes_that_decoding_must_read():
+    """Captions of 1 and 2 tokens: steps for bos, the first and the second token."""
+    size = ModelConfig(vocab_size=10, n_layer=3, n_embd=4, n_head=2, n_prefix=5)
+    model = ClipLM(size)
+    weights = sum(p.numel() for p in model.transformer.parameters())
+    greedy = bench_gpu.least_bytes(model, np.array([1, 2]), Decoding(max_len=40))
+    assert greedy == 2 * (3 * weights + 24 * (2 * 6 + 2 * 7 + 1 * 8))
+    beam = Decoding(method="beam", beams=2, max_len=40)
+    beams = bench_gpu.least_bytes(model, np.array([1, 2]), beam)
+    assert beams == 2 * (3 * weights + 24 * (2 * 7 + 2 * 9 + 1 * 11))
+
+
 def test_a_wrong_call_is_one_clear_line(capsys):
     for argv in ([], ["--quick"], ["encode"]):
-        with pytest.raises(UserError, match="`train`, `decode` or `scst`"):
+        with pytest.raises(UserError, match="`train`, `decode`, `scst`, `gpu` or `parity`"):
             bench.main(argv)
     with pytest.raises(SystemExit):
         bench.main(["decode"])
