@@ -91,11 +91,11 @@ def show(figures: dict[str, float], form: str = ".1f") -> str:
     return f"{figures['median']:{form}} ({figures['min']:{form}}–{figures['max']:{form}})"
 
 
-def speeds(seconds: dict[str, list[float]], captions: int, base: str = "ours") -> list[dict]:
+def speeds(seconds: dict[str, list[float]], captions: int) -> list[dict]:
     """Return and print each contestant's captions per second, and its time divided by ours."""
     rows = []
     for name, times in seconds.items():
-        ratio = summary(b / a for a, b in zip(seconds[base], times, strict=True))
+        ratio = summary(b / a for a, b in zip(seconds["ours"], times, strict=True))
         per_second = summary(captions / time_ for time_ in times)
         rows.append({"contestant": name, "captions_per_s": per_second, "times_ours": ratio})
         print(f"  {name:<16}{show(per_second):>28} per s    x {show(ratio, '.2f')}")
@@ -162,13 +162,15 @@ class DecodeBench:
     ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
     data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
     images: int = 256  # of its val split
+    batches: str = "1 64 256"  # images per batch
+    rounds: int = 24  # batches per turn, as far as there are images
     turns: int = 5  # of each contestant
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
     quick: bool = False  # few images and turns: does it run?
 
     def __post_init__(self):
-        within(self, "images turns", 1, 10**6)
+        within(self, "images rounds turns", 1, 10**6)
         one_of(self, "dtype", "auto bfloat16 float16 float32")
 
 
@@ -200,10 +202,12 @@ class Recomputing:
 
 
 def decode(cfg: DecodeBench) -> dict:
-    """Compare our decoding with transformers' `generate`, and with our own without a cache."""
+    """Compare our decoding with transformers' `generate`, with our own without a cache, and with
+    the time that it takes to read what must be read."""
     device = Device(cfg.device, cfg.dtype)
     model, tokenizer, content = load_captioner(cfg.ckpt)
-    lay_out_by_columns(model)
+    if device.type == "cpu":
+        lay_out_by_columns(model)
     gpt2 = as_gpt2(model.to(device.torch_device))
     split = Split(Path(cfg.data or f"data/{content['meta']['dataset']}"), "val")
     n = min(cfg.images, len(split))
@@ -214,6 +218,7 @@ def decode(cfg: DecodeBench) -> dict:
     embeddings = split.embedding(numbers).to(device.torch_device)
     size = model.cfg
     L = min(40, size.block_size - size.prefix_length)
+    bandwidth = copied_per_second(device)
     about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype, "images": n}
     print(
         f"{about['hardware']}\n{cfg.ckpt}: {size.n_layer} layers, {size.n_embd} wide, "
@@ -229,39 +234,68 @@ def decode(cfg: DecodeBench) -> dict:
         "without cache": partial(ours, model=Recomputing(model)),
     }
 
-    def captions(name: str, how: Decoding, parts, turn: int = 0) -> list[list[int]]:
-        """Return the ids of all captions; every turn is the same work."""
-        ids = []
+    def captions(name: str, how: Decoding, parts, written: dict, turn: int) -> None:
+        """Write all captions of a contestant; every turn is the same work."""
+        written[name] = []
         for images in parts:
             with device.autocast():
-                ids += decoders[name](images, how)
-        return ids
+                written[name] += decoders[name](images, how)
 
     cases = []
-    for how in (Decoding(max_len=L), Decoding(method="beam", beams=5, max_len=L)):
-        # -- the same captions?
-        our_ids = captions("ours", how, embeddings.split(64))
-        their_ids = captions("transformers", how, embeddings.split(64))
-        differ = [i for i in range(n) if our_ids[i] != their_ids[i]]
-        print(f"\n{how.method}: {n - len(differ)} of {n} captions are the same as transformers'")
-        for i in differ:
-            print(f"  image {numbers[i]}, ours: {tokenizer.decode(our_ids[i])}")
-            print(f"  image {numbers[i]}, theirs: {tokenizer.decode(their_ids[i])}")
-
-        # -- and how fast?
-        for batch in (1, 64, 256):
-            images = embeddings[:24] if batch == 1 else embeddings
-            names = ["ours", "transformers"]
-            if batch == 64:
-                names.append("without cache")
-            parts = images.split(batch)
-            contestants = {name: partial(captions, name, how, parts) for name in names}
-            seconds = interleave(device, contestants, cfg.turns)
-            print(f"{how.method}, batch {batch}:")
-            rows = speeds(seconds, len(images))
-            cases.append({"method": how.method, "batch": batch, "same": 1 - len(differ) / n,
-                          "contestants": rows})  # fmt: skip
+    for batch, how in itertools.product(
+        map(int, cfg.batches.split()),
+        (Decoding(max_len=L), Decoding(method="beam", beams=5, max_len=L)),
+    ):
+        names = ["ours", "transformers"]
+        if batch == 64 and device.type == "cpu":
+            names.append("without cache")
+        parts = embeddings[: cfg.rounds * batch].split(batch)
+        written: dict = {}
+        contestants = {name: partial(captions, name, how, parts, written) for name in names}
+        seconds = interleave(device, contestants, cfg.turns)
+        pairs = list(zip(written["ours"], written["transformers"], strict=True))
+        differ = [i for i, (own, theirs) in enumerate(pairs) if own != theirs]
+        least = sum(least_bytes(model, written["ours"][i : i + batch], how, device.dtype)
+                    for i in range(0, len(pairs), batch))  # fmt: skip
+        of_bandwidth = least / bandwidth / statistics.median(seconds["ours"])
+        print(
+            f"\n{how.method}, batch {batch}: {len(pairs) - len(differ)} of {len(pairs)} captions "
+            f"are the same as transformers'; ours reads {of_bandwidth:.1%} of what it could"
+        )
+        rows = speeds(seconds, len(pairs))
+        for i in differ[:10]:
+            print(f"  image {numbers[i]}, ours: {tokenizer.decode(pairs[i][0])}")
+            print(f"  image {numbers[i]}, theirs: {tokenizer.decode(pairs[i][1])}")
+        cases.append({"method": how.method, "batch": batch, "same": 1 - len(differ) / len(pairs),
+                      "of_bandwidth": of_bandwidth, "contestants": rows})  # fmt: skip
     return about | {"cases": cases}
+
+
+def copied_per_second(device: Device) -> float:
+    """Return the bytes per second that a copy in the device's memory reads and writes."""
+    a = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8,
+                   device=device.torch_device)  # fmt: skip
+    b = torch.empty_like(a)
+    seconds = interleave(device, {"copy": lambda turn: b.copy_(a)}, 10)["copy"]
+    return 2 * len(a) / statistics.median(seconds)
+
+
+def least_bytes(model: ClipLM, captions: list, how: Decoding, dtype: torch.dtype) -> int:
+    """Return the bytes that decoding a batch, which ends in these captions, must read.
+
+    Each step reads the weights once, and the keys and values of the images that have not ended;
+    an image's beams share its prefix's.
+    """
+    cfg = model.cfg
+    beams = how.beams if how.method == "beam" else 1
+    weights = sum(p.numel() for p in model.transformer.parameters())  # the head is wte
+    lengths = np.array([len(ids) for ids in captions])
+    numbers = 0
+    for t in range(min(int(lengths.max()) + 1, how.max_len)):
+        images = int((lengths >= t).sum())
+        tokens = images * (cfg.prefix_length + beams * (t + 1))
+        numbers += weights + 2 * cfg.n_layer * cfg.n_embd * tokens
+    return numbers * dtype.itemsize
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,31 +486,70 @@ def compare(case: Case, peaks: list[float]) -> dict:
         trainee.train()
 
     # -- and how fast?
-    def work(trainee: Trainee):
-        if trainee.name == "ours":  # packs each turn anew; the others' batches are ready
-            return lambda turn: trainee.step(*trainee.batch(split, order, turn))
-        ready = [trainee.batch(split, order, turn) for turn in range(bench.turns)]
-        return lambda turn: trainee.step(*ready[turn])
-
-    rates: list[float] = []
-    contestants = {trainee.name: work(trainee) for trainee in trainees}
-    contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
-    seconds = interleave(device, contestants, bench.turns)
-    del seconds["machine"]
-    rate = statistics.median(rates)
-    tokens = [int(split.lengths[order.batch(turn)].sum()) for turn in range(bench.turns)]
-    flops = [training_flops(trainees[0].model, bench.batch_size, n) for n in tokens]
-    mfu = summary(f / s / rate for f, s in zip(flops, seconds["ours"], strict=True))
-    print(
-        f"\nP = {case.P}, {case.R} captions per image, {case.dtype}: MFU {show(mfu, '.0%')} of "
-        f"{rate / 1e9:.0f} GFLOP/s; {show(summary(1e3 * s for s in seconds['ours']))} ms/step"
-    )
-    rows = speeds(seconds, case.R * bench.batch_size)
+    entrants = {trainee.name: (trainee, trainee.model) for trainee in trainees}
+    print(f"\nP = {case.P}, {case.R} captions per image, {case.dtype}")
+    rows, rate = race(device, entrants, split, order, bench.turns)
     for row, loss, peak in zip(rows, losses, peaks, strict=True):
         row |= {"loss": loss, "peak_mb": peak}
-        print(f"  {row['contestant']:<14}loss {loss:.6f}, peak memory {peak:.0f} MB")
-    return {"P": case.P, "captions_an_image": case.R, "dtype": case.dtype, "mfu": mfu,
+        print(f"  {row['contestant']:<16}loss {loss:.6f}, peak memory {peak:.0f} MB")
+    return {"P": case.P, "captions_an_image": case.R, "dtype": case.dtype, "mfu": rows[0]["mfu"],
             "matmul_gflops": rate / 1e9, "contestants": rows}  # fmt: skip
+
+
+def race(
+    device: Device, entrants: dict, split: Synthetic, order: Order, turns: int, steps: int = 1
+) -> tuple[list[dict], float]:
+    """Time turns of some training steps. Return each contestant's figures, and the machine's rate.
+
+    entrants: name -> a Trainee, and what it calls: its model, or that model compiled.
+    """
+    rates: list[float] = []
+    contestants = {
+        name: turns_of(split, order, turns, steps, *each) for name, each in entrants.items()
+    }
+    contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
+    seconds = interleave(device, contestants, turns)
+    del seconds["machine"]
+    rate = statistics.median(rates)
+    images = steps * order.batch_size
+    ours, _ = entrants["ours"]
+    flops = []
+    for turn in range(turns):
+        numbers = [order.batch(i) for i in batches_of(turn, steps, order)]
+        tokens = split.lengths[np.concatenate(numbers)].sum()
+        flops.append(training_flops(ours.model, images, int(tokens)))
+    print(f"of {rate / 1e12:.2f} TFLOP/s, steps of {order.batch_size} images:")
+    rows = speeds(seconds, images * split.R)
+    for row in rows:
+        times = seconds[row["contestant"]]
+        row["ms_per_step"] = summary(1e3 * x / steps for x in times)
+        row["mfu"] = summary(f / x / rate for f, x in zip(flops, times, strict=True))
+        print(
+            f"  {row['contestant']:<16}{show(row['ms_per_step'])} ms per step, "
+            f"MFU {show(row['mfu'], '.1%')}"
+        )
+    return rows, rate
+
+
+def batches_of(turn: int, steps: int, order: Order) -> list[int]:
+    """Return the numbers of a turn's batches; after an epoch they begin anew."""
+    return [i % order.per_epoch for i in range(turn * steps, (turn + 1) * steps)]
+
+
+def turns_of(split: Synthetic, order: Order, turns: int, steps: int, trainee: Trainee, model):
+    """Return a function of the turn that takes some steps through `model`: compiled or not."""
+    ready = {
+        i: trainee.batch(split, order, i)
+        for turn in range(turns)
+        for i in batches_of(turn, steps, order)
+    }
+
+    def work(turn: int) -> None:
+        trainee.run = model
+        for i in batches_of(turn, steps, order):
+            trainee.step(*ready[i])
+
+    return work
 
 
 def train(cfg: TrainBench) -> dict:

@@ -38,7 +38,6 @@ from decode import Decoding, generate, load_captioner
 from parts.common import UserError, append, read_log
 from parts.device import Device
 from parts.encoder import Encoder
-from parts.log import training_flops
 from parts.sources import Record
 from prepare import train_tokenizer
 
@@ -70,14 +69,11 @@ class Lab:
         self.size = bench.TrainBench(n_layer=12, n_head=12, n_embd=768, vocab_size=8192)
         self.images = {(10, 5): 256, (10, 1): 1024, (50, 5): 128, (50, 1): 256}  # (P, R): of a step
         self.turns, self.steps = 5, 4  # a turn is some steps, so that the GPU never waits
-        self.copied = 2**30  # bytes, to measure the bandwidth
         if quick:
             self.size = replace(self.size, n_layer=1, n_head=2, n_embd=32, vocab_size=512)
             self.images = dict.fromkeys(self.images, 4)
             self.turns, self.steps = 1, 2
-            self.copied = 2**22
         self.data, self.ckpt = folder / "data", folder / "run/ckpt.pt"
-        self.bandwidth = 0.0  # bytes per second of a copy
         self.failures: list[str] = []
 
     def attempt(self, name: str, work: Callable):
@@ -160,14 +156,9 @@ def gpu(cfg: GpuBench) -> dict:
 
 def machine(lab: Lab) -> dict:
     """Measure the rate of a matrix product and the bandwidth of a copy: the two bounds."""
-    rate = lab.device.matmul_rate()
-    n = lab.copied
-    a = torch.ones(n, dtype=torch.uint8, device=lab.device.torch_device)
-    b = torch.empty_like(a)
-    seconds = interleave(lab.device, {"copy": lambda turn: b.copy_(a)}, 10)["copy"]
-    lab.bandwidth = 2 * n / statistics.median(seconds)  # read and written
-    print(f"   {rate / 1e12:.1f} TFLOP/s, copies {lab.bandwidth / 1e9:.0f} GB/s")
-    return {"matmul_tflops": rate / 1e12, "copy_gb_per_s": lab.bandwidth / 1e9}
+    rate, copied = lab.device.matmul_rate(), bench.copied_per_second(lab.device)
+    print(f"   {rate / 1e12:.1f} TFLOP/s, copies {copied / 1e9:.0f} GB/s")
+    return {"matmul_tflops": rate / 1e12, "copy_gb_per_s": copied / 1e9}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,48 +187,21 @@ def training(lab: Lab, P: int) -> list[dict]:
         print(f"P = {P}, {R} captions per image, {images} images per step", flush=True)
 
         # -- a first turn of each, which compiles; one that fails is left out
-        contestants, peaks = {}, {}
-        for name, (trainee, model) in entrants.items():
-            work = turns_of(lab, trainee, model, split, order)
-            peak = lab.warm_up(f"P = {P}, R = {R}, {name}", work)
+        usable, peaks = {}, {}
+        for name, entrant in entrants.items():
+            first = bench.turns_of(split, order, 1, lab.steps, *entrant)
+            peak = lab.warm_up(f"P = {P}, R = {R}, {name}", first)
             if peak is not None:
-                peaks[name], contestants[name] = peak, work
+                usable[name], peaks[name] = entrant, peak
 
         # -- and the race
-        rates: list[float] = []
-        contestants["machine"] = lambda turn, rates=rates: rates.append(lab.device.matmul_rate())
-        seconds = interleave(lab.device, contestants, lab.turns)
-        del seconds["machine"]
-        base = "ours compiled" if "ours compiled" in seconds else "ours"
-        rows = speeds(seconds, lab.steps * images * R, base)
-        tokens = sum(int(split.lengths[order.batch(i)].sum()) for i in range(lab.steps))
-        flops = training_flops(ours.model, lab.steps * images, tokens)
+        rows, rate = bench.race(lab.device, usable, split, order, lab.turns, lab.steps)
         for row in rows:
-            times = seconds[row["contestant"]]
-            row["ms_per_step"] = summary(1e3 * x / lab.steps for x in times)
-            row["mfu"] = summary(flops / x / statistics.median(rates) for x in times)
             row["peak_mb"] = peaks[row["contestant"]]
-            print(
-                f"  {row['contestant']:<16}{show(row['ms_per_step'])} ms per step, "
-                f"MFU {show(row['mfu'], '.1%')}, {row['peak_mb']:.0f} MB"
-            )
-        cases.append({"P": P, "R": R, "images": images, "contestants": rows,
-                      "matmul_tflops": statistics.median(rates) / 1e12})  # fmt: skip
+        cases.append(
+            {"P": P, "R": R, "images": images, "matmul_tflops": rate / 1e12, "contestants": rows}
+        )
     return cases
-
-
-def turns_of(
-    lab: Lab, trainee: bench.Trainee, model, split: bench.Synthetic, order: Order
-) -> Callable:
-    """Return a function of the turn that takes some steps, through `model`: compiled or not."""
-    ready = [trainee.batch(split, order, i) for i in range(lab.steps)]
-
-    def work(turn: int) -> None:
-        trainee.run = model
-        for batch, targets in ready:
-            trainee.step(batch, targets)
-
-    return work
 
 
 def profile(lab: Lab) -> dict:
@@ -252,7 +216,7 @@ def profile(lab: Lab) -> dict:
         time_of = "self_device_time_total"
     tables = {}
     for name, model in (("compiled", lab.compile(trainee.model)), ("eager", trainee.model)):
-        work = turns_of(lab, trainee, model, split, order)
+        work = bench.turns_of(split, order, 3, lab.steps, trainee, model)
         wall = interleave(lab.device, {name: work}, 3)[name]
         with torch.profiler.profile(activities=[activity]) as profiler:
             interleave(lab.device, {name: work}, 1)  # with one to warm up: two turns
@@ -352,59 +316,14 @@ def run(lab: Lab) -> dict:
 
 
 def decoding(lab: Lab) -> list[dict]:
-    """Compare greedy and beam search with transformers' and with what reading memory takes."""
-    model, tokenizer, _ = load_captioner(str(lab.ckpt))
-    gpt2 = bench.as_gpt2(model.to(lab.device.torch_device))
-    split = Split(lab.data, "val")
-    embeddings = split.embedding(np.arange(len(split))).to(lab.device.torch_device)
-    written: dict = {}
-
-    def decode(name: str, images, how: Decoding, turn: int) -> None:
-        with lab.device.autocast():
-            if name == "ours":
-                found = [c.ids for (c,) in generate(model, images, tokenizer, how)]
-            else:
-                found = bench.their_captions(gpt2, model, images, tokenizer, how)
-        written[name] = found
-
-    cases = []
-    for batch in (4, 8) if lab.quick else (64, 1, 1024, 256):
-        for how in (Decoding(max_len=40), Decoding(method="beam", beams=5, max_len=40)):
-            images = embeddings[:batch]
-            contestants = {
-                name: partial(decode, name, images, how) for name in ("ours", "transformers")
-            }
-            print(f"{how.method}, batch {batch}:", flush=True)
-            seconds = interleave(lab.device, contestants, 2 if batch > 64 else 3)
-            rows = speeds(seconds, batch)
-            lengths = np.array([len(ids) for ids in written["ours"]])
-            same = np.mean([a == b for a, b in zip(*written.values(), strict=True)])
-            best = least_bytes(model, lengths, how) / lab.bandwidth
-            bound = best / statistics.median(seconds["ours"])
-            print(
-                f"  same captions {same:.1%}, {lengths.mean():.1f} tokens (longest "
-                f"{lengths.max()}), ours reaches {bound:.1%} of the bandwidth"
-            )
-            cases.append({"method": how.method, "batch": batch, "same": same, "contestants": rows,
-                          "tokens": lengths.mean(), "of_bandwidth": bound})  # fmt: skip
-    return cases
-
-
-def least_bytes(model, lengths: np.ndarray, how: Decoding) -> float:
-    """Return the bytes that decoding captions of these lengths must read, in half precision.
-
-    Each step reads the weights once, and the keys and values of the captions that have not ended;
-    an image's beams share its prefix's.
-    """
-    cfg = model.cfg
-    rows = how.beams if how.method == "beam" else 1  # per image
-    weights = sum(p.numel() for p in model.transformer.parameters())  # the head is wte
-    per_token = 2 * cfg.n_layer * cfg.n_embd
-    total = 0
-    for t in range(min(int(lengths.max()) + 1, how.max_len)):
-        images = int((lengths >= t).sum())
-        total += weights + per_token * images * (cfg.prefix_length + rows * (t + 1))
-    return 2.0 * total
+    """Compare greedy and beam search with transformers': bench.py's own, with `run`'s model."""
+    return bench.decode(
+        bench.DecodeBench(
+            ckpt=str(lab.ckpt), data=str(lab.data), images=1024, rounds=1, turns=3,
+            batches="4 8" if lab.quick else "64 1 1024 256",
+            device=str(lab.device.torch_device), dtype=dtype_of(lab.device),
+        )
+    )["cases"]  # fmt: skip
 
 
 def scst(lab: Lab) -> dict:

@@ -182,11 +182,12 @@ def test_bytes_that_decoding_must_read():
     size = ModelConfig(vocab_size=10, n_layer=3, n_embd=4, n_head=2, n_prefix=5)
     model = ClipLM(size)
     weights = sum(p.numel() for p in model.transformer.parameters())
-    greedy = bench_gpu.least_bytes(model, np.array([1, 2]), Decoding(max_len=40))
+    captions = [[5], [5, 6]]
+    greedy = bench.least_bytes(model, captions, Decoding(max_len=40), torch.bfloat16)
     assert greedy == 2 * (3 * weights + 24 * (2 * 6 + 2 * 7 + 1 * 8))
     beam = Decoding(method="beam", beams=2, max_len=40)
-    beams = bench_gpu.least_bytes(model, np.array([1, 2]), beam)
-    assert beams == 2 * (3 * weights + 24 * (2 * 7 + 2 * 9 + 1 * 11))
+    beams = bench.least_bytes(model, captions, beam, torch.float32)
+    assert beams == 4 * (3 * weights + 24 * (2 * 7 + 2 * 9 + 1 * 11))
 
 
 def test_a_wrong_call_is_one_clear_line(capsys):
