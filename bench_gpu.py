@@ -35,7 +35,7 @@ from bench import interleave, show, speeds, summary
 from configurator import Config, within
 from data import Meta, Order, Split, write_array, write_split
 from decode import Decoding, generate, load_captioner
-from parts.common import UserError, append, read_log
+from parts.common import UserError, append, read_log, write_text
 from parts.device import Device
 from parts.encoder import Encoder
 from parts.sources import Record
@@ -53,6 +53,7 @@ class GpuBench:
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "auto"  # of autocast: auto bfloat16 float16 float32
     quick: bool = False  # tiny sizes: does it run?
+    readme: str = ""  # measure nothing: fill this file's tables from `out`
 
     def __post_init__(self):
         within(self, "minutes", 0.0, 600.0)
@@ -121,8 +122,10 @@ def dtype_of(device: Device) -> str:
 def gpu(cfg: GpuBench) -> dict:
     """Run the sections that fit into the time. Return their results by name."""
     begin = time.monotonic()
-    device = Device(cfg.device, cfg.dtype)
     out = Path(cfg.out)
+    if cfg.readme:
+        return fill(Path(cfg.readme), out)
+    device = Device(cfg.device, cfg.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "hardware": bench.hardware(device),
@@ -387,6 +390,72 @@ SECTIONS = {  # name: (seconds it takes at most, function); `run` compiles for `
     "scst": (30, scst),
     "encode": (30, encode),
 }
+
+
+# ---------------------------------------------------------------------------------------------
+# The README's tables
+
+BEGIN, END = "<!-- bench.py gpu -->", "<!-- end of bench.py gpu -->"
+
+
+def fill(readme: Path, out: Path) -> dict:
+    """Put the newest figures of `out` between the two marks in a README. Raise UserError if it
+    has no marks, or if there are no figures."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise UserError(f"{readme} lacks the lines {BEGIN} and {END}")
+    if not out.is_file():
+        raise UserError(f"{out} not found: run `python bench.py gpu` first")
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = {row["section"]: row["result"] for row in rows if row["result"] is not None}
+    about = rows[-1]
+    lines = [f"Measured on {about['hardware']}, {about['dtype']}: `python bench.py gpu`.", ""]
+    lines += training_table([*found.get("training", []), *found.get("grid", [])])
+    lines += decoding_table(found.get("decoding", []))
+    write_text(readme, "\n".join([before + begin, *lines, end + after]))
+    return {"readme": str(readme), "sections": list(found)}
+
+
+def training_table(cases: list[dict]) -> list[str]:
+    """Return a table of training steps, one row per P and R."""
+    lines = [
+        "| P | R | images | captions/s | ms per step | MFU | MFU, not compiled | speed vs padded, "
+        "compiled | speed vs ClipCap's way |",
+        "|" + "---|" * 9,
+    ]
+    for case in cases:
+        by_name = {row["contestant"]: row for row in case["contestants"]}
+        best = by_name.get("ours compiled", by_name["ours"])
+        cells = [case["P"], case["R"], case["images"]]
+        cells.append(f"{best['captions_per_s']['median']:,.0f}")
+        cells.append(show(best["ms_per_step"]))
+        cells += [f"{row['mfu']['median']:.0%}" for row in (best, by_name["ours"])]
+        for name in ("padded compiled", "transformers"):
+            ratio = "failed"
+            if name in by_name:
+                medians = [row["ms_per_step"]["median"] for row in (by_name[name], best)]
+                ratio = f"{medians[0] / medians[1]:.2f}"
+            cells.append(ratio)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, ""]
+
+
+def decoding_table(cases: list[dict]) -> list[str]:
+    """Return a table of decoding, one row per method and batch."""
+    lines = [
+        "| captions/s | ours | `transformers` | ratio | same captions | of the bandwidth |",
+        "|" + "---|" * 6,
+    ]
+    for case in cases:
+        ours, theirs = case["contestants"]
+        speed = [f"{row['captions_per_s']['median']:,.0f}" for row in (ours, theirs)]
+        cells = [f"{case['method']}, batch {case['batch']}", *speed]
+        cells += [show(theirs["times_ours"], ".2f"), f"{case['same']:.1%}"]
+        cells.append(f"{case['of_bandwidth']:.1%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 # ---------------------------------------------------------------------------------------------

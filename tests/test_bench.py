@@ -144,6 +144,21 @@ def test_every_section_of_the_gpu_bench_runs(tmp_path, capsys):
     ]  # fmt: skip
     assert len(result["sections"]["profile"]["eager"]["kernels"]) == 10
 
+    # -- and the README's tables are filled from it, again and again
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{bench_gpu.BEGIN}\nnot measured\n{bench_gpu.END}\nafter\n")
+    fill = ["gpu", f"--out={out}", f"--readme={readme}"]
+    bench.main(fill)
+    text = readme.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n")
+    assert "not measured" not in text and text.count("\n| 10 |") == text.count("\n| 50 |") == 2
+    assert text.count("\n| greedy, batch") == text.count("\n| beam, batch") == 2
+    bench.main(fill)
+    assert readme.read_text() == text
+    readme.write_text("no marks")
+    with pytest.raises(UserError, match="README.md lacks the lines <!--"):
+        bench.main(fill)
+
 
 def test_a_section_that_fails_is_reported_and_the_next_ones_run(tmp_path, capsys, monkeypatch):
     def broken(lab):
