@@ -83,7 +83,7 @@ def load(path: Path | str) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} not found: give a file that train.py wrote, such as ckpt.pt")
+        raise UserError(f"{path} not found or a folder: give a file of train.py, such as ckpt.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

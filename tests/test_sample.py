@@ -232,7 +232,7 @@ IDLE = [  # what would have been ignored, or found out after all work
         dict(prompt="a \u732b"),
         "the prompt `a \u732b` contains characters the tokenizer has never seen",
     ),
-    (dict(ckpt="out/tiny"), "out/tiny is a folder: give a checkpoint in it"),
+    (dict(ckpt="out/tiny"), "out/tiny not found or a folder: give a file of train.py"),
     (dict(out_json="out"), "out is a folder: give the name of a file"),
 ]
 
