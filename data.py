@@ -258,17 +258,16 @@ def pack_rows(flat: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> di
     targets (M,) int64: the indices of the real tokens among the B * S, and the id that follows
     each (eos after a caption's last).
     """
-    bos, eos = tokenizer.bos, tokenizer.eos
     S = int(lengths.max())
     index = np.arange(S)
     is_real = index < lengths[:, None]  # (B, S)
     tokens = np.full(is_real.shape, tokenizer.pad, np.int64)
     tokens[is_real] = flat
-    is_bos = tokens == bos
+    is_bos = tokens == tokenizer.bos
     caption_begin = np.maximum.accumulate(is_bos * index, axis=1)  # (B, S): the latest bos
     # A token followed by a bos ends its caption, so its target is eos.
-    targets = np.append(flat[1:], bos).astype(np.int64)
-    targets[targets == bos] = eos
+    targets = np.append(flat[1:], tokenizer.bos).astype(np.int64)
+    targets[targets == tokenizer.bos] = tokenizer.eos
     arrays = {
         "tokens": tokens,
         "segments": np.where(is_real, is_bos.cumsum(axis=1), S + 1),
