@@ -35,141 +35,6 @@ from parts.common import (
 )
 from parts.gpt2 import BytePairs
 
-FORMAT = 1  # of the directory; raised when it changes
-ENCODING = ("encoder", "features", "grid", "n_positions", "embedding_dim")  # must fit a model
-
-
-def files_of(split: str) -> list[str]:
-    """Return the names of the files that a split is read from."""
-    names = ("_embeddings.npy", "_tokens.npy", "_offsets.npy", ".json")
-    return ["tokenizer.model", *(split + name for name in names)]
-
-
-# ---------------------------------------------------------------------------------------------
-# The tokenizer, and what meta.json says
-
-
-class Tokenizer:
-    """A tokenizer held as bytes, so that a checkpoint can carry it.
-
-    Args:
-        model: the content of a sentencepiece model file, or what gpt2.read_tokenizer returns.
-        lowercase: lower-case every text first.
-        name: what to call it in errors.
-
-    Raises UserError if it is neither, or lacks bos, eos or unk.
-    """
-
-    def __init__(self, model: bytes, lowercase: bool = False, name: str = "tokenizer"):
-        self.model = model
-        self.lowercase = lowercase
-        try:
-            if model.startswith(b'{"version"'):
-                self.sp = BytePairs(model)
-            else:
-                self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise UserError(f"{name} is not a sentencepiece model") from None
-        self.bos, self.eos, self.unk = self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id()
-        special = (self.bos, self.eos, self.unk)
-        if min(special) < 0 or len(set(special)) < 3:
-            raise UserError(f"{name} lacks one of the bos, eos and unk ids: {special}")
-        self.pad = self.sp.pad_id()
-        if self.pad < 0:  # never generated, never a target, so that another special id will do
-            self.pad = self.unk
-
-    def __len__(self) -> int:
-        return self.sp.get_piece_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without bos and eos."""
-        return self.encode_all([text])[0]
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without bos and eos."""
-        return self.sp.encode([t.lower() for t in texts] if self.lowercase else texts)
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of the ids, without the special ones."""
-        special = (self.pad, self.bos, self.eos)
-        return self.sp.decode([int(i) for i in ids if i not in special])
-
-    def pieces(self, ids: list[int]) -> list[str]:
-        """Return each id's piece of text, with sentencepiece's mark for a space."""
-        return [self.sp.id_to_piece(i) for i in ids]
-
-
-@dataclass(frozen=True)
-class Meta:
-    """The content of meta.json: how a dataset was made. A checkpoint carries it too."""
-
-    dataset: str  # its name
-    source: str  # as in configurator.Config, like most of the following
-    captions: str
-    images: str
-    encoder: str  # which CLIP; empty for the user's own embeddings
-    features: str  # pooled or grid
-    grid: int
-    n_positions: int  # embeddings per image: 1 if pooled
-    embedding_dim: int  # D
-    normalize: bool
-    lowercase: bool
-    vocab_size: int
-    splits: dict  # split -> images, captions, tokens, longest_caption, unknown_tokens
-    encoder_kind: str = ""  # clip or siglip
-    pad: int = -1  # the special ids, for programs other than ours
-    bos: int = -1
-    eos: int = -1
-    unk: int = -1
-    files: dict = field(default_factory=dict)  # name -> bytes, sha256, sample (its fingerprint)
-    format: int = FORMAT
-
-    @classmethod
-    def read(cls, folder: Path) -> "Meta":
-        """Read meta.json. Raise UserError if there is no dataset, or of another format."""
-        path = folder / "meta.json"
-        hint = "run `python prepare.py config/<name>.py` first"
-        content = read_json(path, hint)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"{path} is not a dataset of format {FORMAT}: {hint}")
-        return cls.from_dict(content, str(path))
-
-    @classmethod
-    def from_dict(cls, content: dict, path: str) -> "Meta":
-        """Return the Meta of a meta.json, or of the `meta` in a checkpoint."""
-        return from_dict(cls, content, path)
-
-    def write(self, folder: Path) -> None:
-        """Add what is known of the files and write meta.json, a dataset's last file."""
-        files = {}
-        for split in self.splits:
-            for name in files_of(split):
-                path = folder / name
-                size = path.stat().st_size
-                files[name] = {"bytes": size, "sha256": sha256(path), "sample": fingerprint(path)}
-        write_text(folder / "meta.json", json.dumps(asdict(self) | {"files": files}, indent=1))
-
-    @property
-    def longest_caption(self) -> int:
-        """The tokens of the longest caption of all splits, with bos or eos."""
-        return max(split["longest_caption"] for split in self.splits.values())
-
-    def differences(self, other: "Meta") -> str:
-        """Return how the other's embeddings differ in kind from this one's, "" if they do not."""
-        return "; ".join(
-            f"{name} {getattr(other, name) or 'none'}, not {getattr(self, name) or 'none'}"
-            for name in ENCODING
-            if getattr(other, name) != getattr(self, name)
-        )
-
-    def refuse_other(self, trained_on: "Meta", path: Path | str, hint: str) -> None:
-        """Raise UserError, with `hint`, if a checkpoint was trained on other files than these."""
-        names = self.files | trained_on.files
-        changed = ", ".join(n for n in names if self.files.get(n) != trained_on.files.get(n))
-        if changed:
-            raise UserError(f"{path} was trained on another dataset: {changed} differ: {hint}")
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading a split
 
@@ -247,7 +112,7 @@ class Split:
         return {"embeddings": self.embedding(images), **packed}
 
 
-def pack_rows(flat: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> dict:
+def pack_rows(flat: np.ndarray, lengths: np.ndarray, tokenizer: "Tokenizer") -> dict:
     """Return packed rows: [bos caption 1 | bos caption 2 | ... | padding], one per image.
 
     Args:
@@ -349,6 +214,140 @@ def batches(
         return packed, counts
 
     return prefetch(make, steps)
+
+
+# ---------------------------------------------------------------------------------------------
+# What meta.json says, and the tokenizer
+
+FORMAT = 1  # of the directory; raised when it changes
+ENCODING = ("encoder", "features", "grid", "n_positions", "embedding_dim")  # must fit a model
+
+
+def files_of(split: str) -> list[str]:
+    """Return the names of the files that a split is read from."""
+    names = ("_embeddings.npy", "_tokens.npy", "_offsets.npy", ".json")
+    return ["tokenizer.model", *(split + name for name in names)]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of meta.json: how a dataset was made. A checkpoint carries it too."""
+
+    dataset: str  # its name
+    source: str  # as in configurator.Config, like most of the following
+    captions: str
+    images: str
+    encoder: str  # which CLIP; empty for the user's own embeddings
+    features: str  # pooled or grid
+    grid: int
+    n_positions: int  # embeddings per image: 1 if pooled
+    embedding_dim: int  # D
+    normalize: bool
+    lowercase: bool
+    vocab_size: int
+    splits: dict  # split -> images, captions, tokens, longest_caption, unknown_tokens
+    encoder_kind: str = ""  # clip or siglip
+    pad: int = -1  # the special ids, for programs other than ours
+    bos: int = -1
+    eos: int = -1
+    unk: int = -1
+    files: dict = field(default_factory=dict)  # name -> bytes, sha256, sample (its fingerprint)
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, folder: Path) -> "Meta":
+        """Read meta.json. Raise UserError if there is no dataset, or of another format."""
+        path = folder / "meta.json"
+        hint = "run `python prepare.py config/<name>.py` first"
+        content = read_json(path, hint)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path} is not a dataset of format {FORMAT}: {hint}")
+        return cls.from_dict(content, str(path))
+
+    @classmethod
+    def from_dict(cls, content: dict, path: str) -> "Meta":
+        """Return the Meta of a meta.json, or of the `meta` in a checkpoint."""
+        return from_dict(cls, content, path)
+
+    def write(self, folder: Path) -> None:
+        """Add what is known of the files and write meta.json, a dataset's last file."""
+        files = {}
+        for split in self.splits:
+            for name in files_of(split):
+                path = folder / name
+                size = path.stat().st_size
+                files[name] = {"bytes": size, "sha256": sha256(path), "sample": fingerprint(path)}
+        write_text(folder / "meta.json", json.dumps(asdict(self) | {"files": files}, indent=1))
+
+    @property
+    def longest_caption(self) -> int:
+        """The tokens of the longest caption of all splits, with bos or eos."""
+        return max(split["longest_caption"] for split in self.splits.values())
+
+    def differences(self, other: "Meta") -> str:
+        """Return how the other's embeddings differ in kind from this one's, "" if they do not."""
+        return "; ".join(
+            f"{name} {getattr(other, name) or 'none'}, not {getattr(self, name) or 'none'}"
+            for name in ENCODING
+            if getattr(other, name) != getattr(self, name)
+        )
+
+    def refuse_other(self, trained_on: "Meta", path: Path | str, hint: str) -> None:
+        """Raise UserError, with `hint`, if a checkpoint was trained on other files than these."""
+        names = self.files | trained_on.files
+        changed = ", ".join(n for n in names if self.files.get(n) != trained_on.files.get(n))
+        if changed:
+            raise UserError(f"{path} was trained on another dataset: {changed} differ: {hint}")
+
+
+class Tokenizer:
+    """A tokenizer held as bytes, so that a checkpoint can carry it.
+
+    Args:
+        model: the content of a sentencepiece model file, or what gpt2.read_tokenizer returns.
+        lowercase: lower-case every text first.
+        name: what to call it in errors.
+
+    Raises UserError if it is neither, or lacks bos, eos or unk.
+    """
+
+    def __init__(self, model: bytes, lowercase: bool = False, name: str = "tokenizer"):
+        self.model = model
+        self.lowercase = lowercase
+        try:
+            if model.startswith(b'{"version"'):
+                self.sp = BytePairs(model)
+            else:
+                self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError(f"{name} is not a sentencepiece model") from None
+        self.bos, self.eos, self.unk = self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id()
+        special = (self.bos, self.eos, self.unk)
+        if min(special) < 0 or len(set(special)) < 3:
+            raise UserError(f"{name} lacks one of the bos, eos and unk ids: {special}")
+        self.pad = self.sp.pad_id()
+        if self.pad < 0:  # never generated, never a target, so that another special id will do
+            self.pad = self.unk
+
+    def __len__(self) -> int:
+        return self.sp.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without bos and eos."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, without bos and eos."""
+        return self.sp.encode([t.lower() for t in texts] if self.lowercase else texts)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of the ids, without the special ones."""
+        special = (self.pad, self.bos, self.eos)
+        return self.sp.decode([int(i) for i in ids if i not in special])
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """Return each id's piece of text, with sentencepiece's mark for a space."""
+        return [self.sp.id_to_piece(i) for i in ids]
 
 
 # ---------------------------------------------------------------------------------------------
