@@ -212,7 +212,8 @@ class Encoder:
         transformers.logging.set_verbosity_error()  # it would advise to install torchvision
         transformers.logging.disable_progress_bar()
         try:
-            processor = transformers.AutoImageProcessor.from_pretrained(folder)
+            # With torchvision, another would be chosen, which resizes a little differently.
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
             model_type = transformers.AutoConfig.from_pretrained(folder).model_type
             self.kind = model_type.removesuffix("_vision_model")
             if self.kind not in TOWERS:

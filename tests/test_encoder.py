@@ -144,6 +144,21 @@ def test_workers_give_the_same_bytes_as_none(clip, tmp_path):
     assert list(encoder.stream([], 2)) == []
 
 
+def test_torchvision_changes_no_image(monkeypatch):
+    """Where it is installed, transformers chose a processor that took our arrays the wrong way."""
+    transformers = pytest.importorskip("transformers")
+    asked = []
+    plain = transformers.AutoImageProcessor.from_pretrained
+
+    def from_pretrained(*args, **options):
+        asked.append(options.get("backend"))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_pretrained)
+    encoder = Encoder(str(ROOT / "assets" / "shapes-clip"))
+    assert asked == ["pil"] and type(encoder.processor).__name__.endswith("Pil")
+
+
 def test_a_model_that_cannot_be_used_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         Encoder("./nowhere")
