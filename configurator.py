@@ -67,6 +67,7 @@ class Config:
     bias: bool = False  # give the decoder's linear layers and layer norms a bias
     # -- training -------------------------------------------------------------------------
     init_from: str = ""  # begin with a checkpoint's weights, or GPT-2's (name or folder)
+    freeze_decoder: bool = False  # train the mapper alone
     batch_size: int = 64  # images per step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps that a batch is split into
     max_iters: int = 10000  # training steps
@@ -144,6 +145,8 @@ class Config:
         if self.objective == "scst" and not (self.init_from or self.from_scratch):
             expected = "a checkpoint to begin with (or --from_scratch) with objective=scst"
             refuse("init_from", expected, self.init_from)
+        if self.freeze_decoder and not self.init_from:
+            refuse("init_from", "the decoder's weights with freeze_decoder", self.init_from)
         if self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
         if self.features == "pooled" and self.n_prefix >= self.block_size:

@@ -165,8 +165,8 @@ class Training:
 
         # -- the model, the same on every rank, and its optimizer
         torch.manual_seed(cfg.seed)
-        self.model = ClipLM(model_config(cfg, self.split.meta))
-        self.model.to(device.torch_device)
+        self.model = ClipLM(model_config(cfg, self.split.meta)).to(device.torch_device)
+        self.model.transformer.requires_grad_(not cfg.freeze_decoder)
         torch.manual_seed(cfg.seed + device.rank)  # dropout differs by rank, first weights do not
         # Matrices decay; biases and layer norms, which only shift and scale, do not.
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]

@@ -7,7 +7,8 @@
 The paper's setting: CLIP ViT-B/32, an MLP mapper, GPT-2 small trained with it, ten epochs of 40 captions
 per step (here 8 images with five captions each), AdamW, learning rate 2e-5 after 5,000 steps of warmup.
 The paper reports, on Karpathy's test split: BLEU-4 .3215, METEOR .271, CIDEr 1.0835. Its other mode keeps
-GPT-2 as it is and trains a larger mapper, a transformer: CIDEr 1.1308.
+GPT-2 as it is and trains a larger mapper, a transformer: CIDEr 1.1308. Here, `--freeze_decoder --dropout=0`
+keeps GPT-2 as it is and trains the MLP.
 
 Different here: the mapper has 3,072 hidden units and GELU (3,840 and tanh in their code), its input is
 normalised, the learning rate follows a cosine (theirs a line), and captions have a bos and a learned end.

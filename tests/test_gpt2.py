@@ -169,6 +169,20 @@ def test_training_begins_with_it_and_needs_it_no_more(mine, gpt2, tmp_path):
     assert len(scored) == 3 and scored[-1] < scored[0]  # the first before the first step
 
 
+def test_a_frozen_decoder_keeps_its_weights(mine, gpt2):
+    cfg = mine | TRAINING | dict(init_from=str(gpt2), freeze_decoder=True)
+    train.main(Config(**cfg | dict(max_iters=3, lr_decay_iters=6)))
+    train.main(Config(**cfg | dict(lr_decay_iters=6, resume=True)))
+    torch.manual_seed(Config.seed)
+    vocab_size = vocabulary(gpt2) + 2
+    sizes = SIZES | dict(n_prefix=3, mapper="mlp", embedding_dim=24, vocab_size=vocab_size)
+    before = ClipLM(ModelConfig(**sizes))
+    load_decoder(before, str(gpt2))
+    after = weights("out/mine/last.pt")
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after[name]) == (not name.startswith("mapper")), name
+
+
 def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd):
     def refused(**changes) -> str:
         settings = mine | TRAINING | dict(init_from=str(folder)) | changes
@@ -181,6 +195,7 @@ def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd)
     line = refused(dataset="learned")
     assert f"has {vocabulary(gpt2)} tokens, the dataset's tokenizer " in line
     assert f"prepare the dataset with --tokenizer={gpt2}" in line
+    assert "the decoder's weights with freeze_decoder" in refused(init_from="", freeze_decoder=True)
 
     folder = tmp_path / "other"
     shutil.copytree(gpt2, folder)
