@@ -12,10 +12,12 @@ Needs the extras: pip install -r requirements-clip.txt
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import itertools
 import mimetypes
 import os
+import pickle
 import struct
 import warnings
 import zlib
@@ -163,17 +165,35 @@ TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"
 TEXT_TOWERS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
 
 
-def extras() -> None:
-    """Raise UserError if a package that an encoder needs is missing."""
+def extras(*packages: str) -> None:
+    """Raise UserError if a package is missing; by default one of those that an encoder needs."""
     try:
-        import PIL  # noqa: F401 - the processor needs it, and says so only in use
-        import transformers  # noqa: F401
+        for package in packages or ("PIL", "transformers"):  # the processor needs PIL
+            importlib.import_module(package)
     except ImportError as error:
         need = "pip install -r requirements-clip.txt"
         raise UserError(f"{error.name} is missing: {need}") from None
 
 
-def load_tower(name: str, kind: str):
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Quiet transformers, and turn what it raises into a UserError: `what` was not loaded."""
+    extras()
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.logging.set_verbosity_error()  # it would advise to install torchvision
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise UserError(f"{what} holds more than weights: not loaded") from None
+    except (*BROKEN, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{what} could not be loaded: {reason}") from None
+
+
+def load_model(name: str, kind: str, what: str):
     """Return a pretrained model of a class of transformers. Raise UserError if it lacks weights."""
     import transformers
 
@@ -182,7 +202,7 @@ def load_tower(name: str, kind: str):
     )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"clip={name} lacks weights: {missing}")
+        raise UserError(f"{what} lacks weights: {missing}")
     return model.eval()
 
 
@@ -202,32 +222,25 @@ class Encoder:
     def __init__(self, name: str, features="pooled", grid: int = 0, device="cpu", text=False):
         if not name:
             raise UserError("clip: expected a model's name or folder, got nothing")
-        extras()
-        import transformers
-        from safetensors import SafetensorError
-
-        folder = or_shipped(name)
+        folder, what = or_shipped(name), f"clip={name}"
         if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
             raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
-        transformers.logging.set_verbosity_error()  # it would advise to install torchvision
-        transformers.logging.disable_progress_bar()
-        try:
+        with loading(what):
+            import transformers
+
             # With torchvision, another would be chosen, which resizes a little differently.
             processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
             model_type = transformers.AutoConfig.from_pretrained(folder).model_type
             self.kind = model_type.removesuffix("_vision_model")
             if self.kind not in TOWERS:
                 raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
-            model = load_tower(name, TOWERS[self.kind])
+            model = load_model(name, TOWERS[self.kind], what)
             if text:
-                self.text_model = load_tower(name, TEXT_TOWERS[self.kind]).to(device)
+                self.text_model = load_model(name, TEXT_TOWERS[self.kind], what).to(device)
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
                 # without its files, transformers makes a tokenizer that knows no word
                 if len(self.tokenizer) < self.text_model.config.vocab_size // 2:
                     raise UserError(f"clip={name} lacks its tokenizer: add its files")
-        except (*BROKEN, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"clip={name} could not be loaded: {reason}") from None
 
         self.name = name
         self.features = features

@@ -192,6 +192,13 @@ def made(folder: Path | str = "data/mine") -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(Path(folder).glob("*")) if p.is_file()}
 
 
+class RunsCode:
+    """What a pickle may hold: loaded without care, it makes the folder `executed`."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
 # ---------------------------------------------------------------------------------------------
 # Scripts in processes of their own
 

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from helpers import PATCH, ROOT, SIDE, picture, tiny_clip
+from helpers import PATCH, ROOT, SIDE, RunsCode, picture, tiny_clip
 from PIL import Image, ImageOps
 
 from parts.common import UserError
@@ -181,6 +181,11 @@ def test_a_model_that_cannot_be_used_is_one_line(tmp_path):
     save_file({k: v for k, v in tensors.items() if "visual_projection" not in k}, weights,
               metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(UserError, match="lacks weights: visual_projection.weight"):
+        Encoder(str(tmp_path / "clip"))
+
+    weights.unlink()  # pickled weights that would run code were a traceback
+    torch.save({"logit_scale": RunsCode()}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="clip holds more than weights: not loaded"):
         Encoder(str(tmp_path / "clip"))
 
     (tmp_path / "clip" / "config.json").write_text(json.dumps({"model_type": "bert"}))

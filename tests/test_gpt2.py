@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import many, mistake, tiny_gpt2, weights
+from helpers import RunsCode, many, mistake, tiny_gpt2, weights
 
 import prepare
 import train
@@ -190,26 +190,24 @@ def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd)
 
     folder = gpt2
     assert "n_layer is 2, not 3, bias is True, not False" in refused(n_layer=3, bias=False)
-    assert "block_size=64 exceeds the 48 positions of" in refused(block_size=64)
+    assert "n_positions is 48, not 64: config/coco_clipcap.py shows" in refused(block_size=64)
     prepare.main(Config(**mine | dict(dataset="learned", tokenizer="", vocab_size=64)))
-    line = refused(dataset="learned")
-    assert f"has {vocabulary(gpt2)} tokens, the dataset's tokenizer " in line
-    assert f"prepare the dataset with --tokenizer={gpt2}" in line
+    assert f"gpt2: vocab_size is {vocabulary(gpt2)}, not " in refused(dataset="learned")
     assert "the decoder's weights with freeze_decoder" in refused(init_from="", freeze_decoder=True)
 
     folder = tmp_path / "other"
     shutil.copytree(gpt2, folder)
     settings = folder / "config.json"
     changed(settings, activation_function="relu", tie_word_embeddings=False)
-    line = refused()
-    assert "other architecture: activation_function is relu, not gelu_new, tie_word_emb" in line
-    changed(settings, model_type="opt")
-    assert "other is of another architecture: model_type is opt, not gpt2" in refused()
-    changed(settings, auto_map={"AutoModelForCausalLM": "theirs.Model"})
-    assert "other needs code of its own, which is not run" in refused()
+    assert "other: activation_function is relu, not gelu_new, tie_word_emb" in refused()
+    changed(settings, model_type="opt", auto_map={"AutoModelForCausalLM": "theirs.Model"})
+    assert "other: model_type is opt, not gpt2" in refused()
     shutil.copy(gpt2 / "config.json", settings)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     assert "no file named model.safetensors" in refused()
+    torch.save({"transformer.wte.weight": RunsCode()}, folder / "pytorch_model.bin")
+    assert "other holds more than weights: not loaded" in refused()
+    assert not Path("executed").exists()
     lacking = load_file(gpt2 / "model.safetensors")
     del lacking["transformer.h.1.ln_2.bias"]
     save_file(lacking, folder / "model.safetensors", {"format": "pt"})
@@ -217,4 +215,4 @@ def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd)
     (folder / "model.safetensors").write_bytes(b"not weights")
     assert "other could not be loaded: " in refused()
     settings.unlink()
-    assert "other is of another architecture: model_type is None, not gpt2" in refused()
+    assert "other: model_type is unknown, not gpt2" in refused()

@@ -17,6 +17,7 @@ import torch
 from helpers import (
     ROOT,
     SMALL,
+    RunsCode,
     children,
     finish,
     flags,
@@ -419,11 +420,6 @@ def test_mistakes_are_one_line(here, capfd, args, says):
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(here, capfd):
     (here / "file").write_text("")
     assert "file" in mistake("train.py", flags(out_dir="file/out"), capfd)
-
-
-class RunsCode:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
 
 
 def test_foreign_checkpoints_are_refused_and_nothing_runs(here):
