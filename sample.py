@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ from parts.tracking import Tracker
 class SampleConfig(Decoding):
     METHODS = f"{Decoding.METHODS} nearest"
     # -- what -----------------------------------------------------------------------------
-    ckpt: str  # a checkpoint that train.py wrote
+    ckpt: str  # a checkpoint that train.py wrote, or a folder that parts/export.py wrote
     split: str = ""  # caption this split, and score the captions; empty, without image: val
     image: tuple[str, ...] = ()  # or these image files, and all images in these folders
     data: str = ""  # the dataset directory; empty: the one that the checkpoint was trained on
@@ -110,6 +110,9 @@ def main(cfg: SampleConfig) -> dict:
         raise UserError(missing)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("sample.py runs as one process, not under torchrun")
+    exported = Path(cfg.ckpt) / "model.safetensors"
+    if exported.is_file():
+        cfg = replace(cfg, ckpt=str(exported))
     out = output_path(cfg)
     with contextlib.ExitStack() as stack:
         for path in filter(None, (out, cfg.out_csv)):

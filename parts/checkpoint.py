@@ -2,6 +2,7 @@
 
 ckpt.pt  to share: weights, model settings, tokenizer, the dataset's meta.json, config, scores.
 last.pt  to resume from: that plus optimizer, gradient scaler, average, random states, Progress.
+model.safetensors  the weights of a ckpt.pt that parts/export.py wrote, with the rest next to it.
 """
 
 import itertools
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from parts.common import UserError, replacing
+from parts.common import UserError, read_json, replacing, sha256
+from parts.encoder import extras
 
 FORMAT = 1
 
@@ -85,11 +87,14 @@ def load(path: Path | str) -> dict:
     if not path.is_file():
         raise UserError(f"{path} not found or a folder: give a file of train.py, such as ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path} is damaged (in {broken}): use another copy")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content = load_exported(path)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"{path} is damaged (in {broken}): use another copy")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than weights and settings: not loaded") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, KeyError,
@@ -99,6 +104,22 @@ def load(path: Path | str) -> dict:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanoCaption checkpoint of format {FORMAT}")
     return content
+
+
+def load_exported(path: Path) -> dict:
+    """Return the content of a checkpoint that parts/export.py wrote, from its weights' path and
+    the files next to it."""
+    extras("safetensors")
+    from safetensors.torch import load_file
+
+    content = read_json(path.with_name("config.json"))
+    for name, digest in content["sha256"].items():
+        if sha256(path.with_name(name)) != digest:
+            raise UserError(f"{path.with_name(name)} is damaged: use another copy")
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one tensor, saved once
+    tokenizer = bytearray(path.with_name("tokenizer.model").read_bytes())
+    return content | {"model": weights, "tokenizer": torch.frombuffer(tokenizer, dtype=torch.uint8)}
 
 
 def fill(model: nn.Module, weights: dict, path: Path | str) -> None:

@@ -1,4 +1,4 @@
-"""GPT-2 in transformers' format: its tokenizer, and its weights for a ClipLM's decoder.
+"""GPT-2 in transformers' format: its tokenizer, and its weights in and out of a ClipLM.
 
     python prepare.py config/coco_clipcap.py    # --tokenizer=gpt2
     python train.py config/coco_clipcap.py      # --init_from=gpt2
@@ -6,6 +6,8 @@
 Both take a model's name or its folder, and run none of its code. Needs the extras: pip install -r
 requirements-clip.txt
 """
+
+from pathlib import Path
 
 import torch
 
@@ -85,6 +87,22 @@ def read_tokenizer(name: str) -> bytes:
     return bpe.to_str().encode()
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a data.Tokenizer as transformers reads it."""
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    special = {
+        f"{name}_token": tokenizer.sp.id_to_piece(getattr(tokenizer, name))
+        for name in ("bos", "eos", "pad", "unk")
+    }
+    if isinstance(tokenizer.sp, BytePairs):
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer.sp.bpe, **special)
+    else:
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)  # sentencepiece, as Llama's
+        fast = LlamaTokenizer.from_pretrained(folder, **special)
+    fast.save_pretrained(folder)
+
+
 # ---------------------------------------------------------------------------------------------
 # The weights
 
@@ -124,3 +142,30 @@ def load_decoder(model, name: str) -> None:
     wpe = weights["transformer.wpe.weight"][: cfg.block_size]
     weights |= {"transformer.wpe.weight": wpe, "transformer.wte.weight": wte, "lm_head.weight": wte}
     fill(model, model.state_dict() | weights, what)
+
+
+def as_gpt2(model):
+    """Return a GPT2LMHeadModel with a ClipLM's decoder, its biases zero if that has none."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    cfg, p = model.cfg, model.cfg.dropout
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
+            n_layer=cfg.n_layer, n_head=cfg.n_head, activation_function="gelu_new",
+            embd_pdrop=p, attn_pdrop=p, resid_pdrop=p, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+    weights = model.state_dict()
+    for name, value in gpt2.state_dict().items():
+        if name.endswith(TRANSPOSED):
+            value.copy_(weights[name].T)
+        elif name in weights:
+            value.copy_(weights[name])
+        else:
+            assert name.endswith(".bias"), name
+            value.zero_()
+    weight = model.lm_head.weight
+    return gpt2.to(weight.device, weight.dtype).train(model.training)

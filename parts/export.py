@@ -1,0 +1,126 @@
+"""Write a checkpoint as a folder that can be shared: safetensors, the tokenizer, and a card.
+
+    python -m parts.export out/coco/ckpt.pt --to=FOLDER           # for sample.py --ckpt FOLDER
+    python -m parts.export out/coco/ckpt.pt --to=FOLDER --gpt2    # for transformers alone
+
+With --gpt2, the decoder is a GPT-2 that transformers opens, prefix.safetensors is the mapper, and
+the card, README.md, has the code that captions an image with them. Needs the extras: pip install
+-r requirements-clip.txt
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configurator import Config, configure
+from data import Meta
+from decode import load_captioner
+from metrics import VERSION
+from model import ClipLM
+from parts.common import UserError, or_shipped, run, sha256, write_text
+from parts.encoder import TOWERS, extras
+from parts.gpt2 import as_gpt2, save_tokenizer
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `python -m parts.export`."""
+
+    ckpt: str  # a checkpoint that train.py wrote
+    to: str  # the folder to write, new or empty
+    gpt2: bool = False  # for transformers: a GPT-2 and the mapper
+
+
+def main(cfg: ExportConfig) -> None:
+    extras()
+    from safetensors.torch import save
+
+    model, tokenizer, content = load_captioner(cfg.ckpt)
+    meta = Meta.from_dict(content["meta"], f"{cfg.ckpt}: meta")
+    if cfg.gpt2 and (meta.features != "pooled" or meta.encoder_kind not in OUTPUTS):
+        raise UserError(f"{cfg.ckpt}: --gpt2 needs pooled embeddings of CLIP or SigLIP")
+    folder = Path(cfg.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new folder")
+    longest = min(max(40, meta.longest_caption), model.cfg.block_size - model.cfg.prefix_length)
+    if cfg.gpt2:
+        write_gpt2(folder, model, tokenizer, longest)
+        (folder / "prefix.safetensors").write_bytes(save(model.mapper.state_dict()))
+        usage = gpt2_usage(model, meta)
+    else:
+        weights = model.state_dict()
+        del weights["lm_head.weight"]  # it is the token embeddings'
+        (folder / "model.safetensors").write_bytes(save(weights))
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)
+        names = ("format", "model_config", "meta", "config", "step", "scores")
+        kept = {name: content[name] for name in names}
+        kept["sha256"] = {path.name: sha256(path) for path in folder.iterdir()}
+        write_text(folder / "config.json", json.dumps(kept, indent=1))
+        images = "--image photo.jpg" if meta.encoder else "--split val"
+        usage = f"```sh\npython sample.py --ckpt {folder} {images}\n```"
+    write_text(folder / "README.md", card(model, meta, content, usage, longest) + "\n")
+    print(f"wrote {folder}/")
+
+
+def write_gpt2(folder: Path, model: ClipLM, tokenizer, longest: int) -> None:
+    """Write decoder and tokenizer as transformers reads them, with the settings by which its
+    `generate` finds our greedy captions."""
+    from transformers import GenerationConfig
+
+    gpt2 = as_gpt2(model)
+    gpt2.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
+        suppress_tokens=sorted({tokenizer.bos, tokenizer.pad, tokenizer.unk}),
+        min_new_tokens=1, max_new_tokens=longest,
+    )  # fmt: skip
+    gpt2.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# The card
+
+OUTPUTS = {"clip": "image_embeds", "siglip": "pooler_output"}  # of the towers
+
+
+def template(name: str) -> str:
+    return Path(or_shipped(f"assets/{name}")).read_text(encoding="utf-8").strip()
+
+
+def gpt2_usage(model: ClipLM, meta: Meta) -> str:
+    """Return the code that captions photo.jpg with transformers alone."""
+    layers = ", ".join(f"torch.nn.{layer}" for layer in model.mapper.children())
+    mapper = f"torch.nn.Sequential({layers})" if layers else f"torch.nn.{model.mapper}"
+    scaled = f"x / x.norm() * {meta.embedding_dim} ** 0.5" if meta.normalize else "x"
+    return template("card_gpt2.md").format(
+        encoder=meta.encoder, tower=TOWERS[meta.encoder_kind], output=OUTPUTS[meta.encoder_kind],
+        scaled=scaled, **asdict(model.cfg) | {"mapper": mapper},
+    )  # fmt: skip
+
+
+def card(model: ClipLM, meta: Meta, content: dict, usage: str, longest: int) -> str:
+    """Return the text of README.md."""
+    config = content["config"]
+    validation = meta.splits["val"]["images"]
+    captioned = min(config["eval_images"] or validation, validation)
+    data = [f"{split} {n['images']} images, {n['captions']} captions"
+            for split, n in meta.splits.items()]  # fmt: skip
+    settings = [f"{name} = {value!r}" for name, value in config.items()
+                if value != getattr(Config, name, None)]  # fmt: skip
+    scores = [f"{name} {value:.4f}" for name, value in content["scores"].items()]
+    signature = (
+        f"CIDEr-D of {captioned} images' greedy captions, {validation} images' document "
+        f"frequencies, metrics {VERSION}"
+    )
+    return template("card.md").format(
+        **asdict(model.cfg) | asdict(meta) | {"encoder": meta.encoder or "another program"},
+        P=model.cfg.prefix_length, usage=usage, data="; ".join(data), longest=longest,
+        settings="\n".join(settings), scores="\n".join(scores), signature=signature,
+        step=content["step"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(lambda: main(configure(ExportConfig, sys.argv[1:], __doc__, positional="ckpt")))
