@@ -40,6 +40,7 @@ from model import ClipLM, ModelConfig, loss_sum
 from parts.common import UserError, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
 from parts.encoder import extras
+from parts.gpt2 import as_gpt2
 from parts.log import training_flops
 from selfcritical import SelfCritical
 
@@ -104,33 +105,6 @@ def speeds(seconds: dict[str, list[float]], captions: int) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------
 # The peer: transformers' GPT-2 with our weights, fed our prefix as ClipCap feeds it
-
-
-def as_gpt2(model: ClipLM):
-    """Return a GPT2LMHeadModel with the model's decoder, its biases zero if we have none."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    cfg, p = model.cfg, model.cfg.dropout
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
-            n_layer=cfg.n_layer, n_head=cfg.n_head, activation_function="gelu_new",
-            embd_pdrop=p, attn_pdrop=p, resid_pdrop=p, bos_token_id=None, eos_token_id=None,
-        )
-    )  # fmt: skip
-    weights = model.state_dict()
-    for name, value in gpt2.state_dict().items():
-        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            value.copy_(weights[name].T)  # their linear layers hold the transpose
-        elif name in weights:
-            value.copy_(weights[name])
-        else:
-            assert name.endswith(".bias"), name
-            value.zero_()
-    weight = model.lm_head.weight
-    return gpt2.to(weight.device, weight.dtype).train(model.training)
 
 
 @torch.inference_mode()
