@@ -3,6 +3,7 @@
     python bench.py decode --ckpt out/flickr8k/ckpt.pt      # its weights, its own val images
     python bench.py train                                   # COCO's sizes, synthetic captions
     python bench.py train --quick                           # tiny: does it run?
+    python bench.py train --like=clipcap --batch_size=8     # GPT-2 small, 40 captions per step
     python bench.py scst --ckpt out/flickr8k/ckpt.pt        # a self-critical step
     python bench.py gpu                                     # what a GPU does (bench_gpu.py)
     python bench.py parity                                  # the same run on CPU and GPU
@@ -283,11 +284,13 @@ class TrainBench:
     n_head: int = 8  # attention heads per block
     n_embd: int = 512  # width of the decoder
     vocab_size: int = 8192  # subwords
+    like: str = "coco"  # or clipcap: GPT-2 small in place of these sizes, and only P = 10, R = 5
     turns: int = 5  # of each contestant
     device: str = "auto"  # auto cpu mps cuda cuda:1
     quick: bool = False  # a tiny model and batch, two turns: does it run?
 
     def __post_init__(self):
+        one_of(self, "like", "coco clipcap")
         within(self, "batch_size n_layer n_head n_embd turns", 1, 10**6)
         within(self, "vocab_size", 8, 10**6)
 
@@ -528,6 +531,10 @@ def turns_of(split: Synthetic, order: Order, turns: int, steps: int, trainee: Tr
 
 def train(cfg: TrainBench) -> dict:
     """Compare our step with the same model on padded examples, and with transformers' GPT-2."""
+    P, R = (10, 50), (5, 1)
+    if cfg.like == "clipcap":
+        cfg = replace(cfg, n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
+        P, R = (10,), (5,)
     if cfg.quick:
         cfg = replace(cfg, batch_size=16, n_layer=2, n_head=2, n_embd=64, vocab_size=1000, turns=2)
     about = {"hardware": hardware(Device(cfg.device, "float32"))}
@@ -536,7 +543,7 @@ def train(cfg: TrainBench) -> dict:
     }
     print(f"{about['hardware']}\n{cfg.n_layer} layers, {cfg.n_embd} wide, V = {cfg.vocab_size}, "
           f"{cfg.batch_size} images per step")  # fmt: skip
-    product = itertools.product((10, 50), (5, 1), ("float32", "bfloat16"))
+    product = itertools.product(P, R, ("float32", "bfloat16"))
     cases = [Case(cfg, *rest) for rest in product]
     if cfg.quick:
         cases = [cases[0], cases[-1]]

@@ -1,6 +1,7 @@
 """bench.py: its contestants do the same work, and both modes run to their last line."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -67,6 +68,19 @@ def test_train_runs_and_the_losses_agree(capsys):
         assert ours["times_ours"] == {"median": 1.0, "min": 1.0, "max": 1.0}
         for row in case["contestants"]:
             assert row["captions_per_s"]["median"] > 0 and row["peak_mb"] > 0
+
+
+def test_like_clipcap_has_gpt2_smalls_sizes(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench, "peak_memory", lambda name, case: 0.0)
+    monkeypatch.setattr(bench, "compare", lambda case, peaks: seen.append(case))
+    result = bench.main(["train", "--like=clipcap", "--batch_size=8"])
+    assert result["vocab_size"] == 50257
+    assert [(c.P, c.R, c.dtype) for c in seen] == [(10, 5, "float32"), (10, 5, "bfloat16")]
+    size = seen[0].bench
+    assert (size.n_layer, size.n_head, size.n_embd, size.vocab_size) == (12, 12, 768, 50257)
+    assert size.batch_size == 8
 
 
 def test_decode_runs_and_the_captions_agree(here, capsys):
