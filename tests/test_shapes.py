@@ -23,6 +23,19 @@ def test_every_caption_states_every_fact_and_no_other(novel):
             assert shapes.stated_facts(caption) == set(shapes.scene_facts(scene)), caption
 
 
+def test_captions_mostly_begin_with_the_object_on_the_left_or_at_the_top():
+    """When they began with either one as often, the demo said "left" and "right" by chance."""
+    is_first = []
+    for scene, rng in scenes(1000):
+        if scene.relation:
+            first, second = (group.shape for group in scene.groups)
+            if scene.relation in ("right of", "below"):
+                first, second = second, first
+            caption = shapes.write_caption(scene, rng)
+            is_first.append(caption.index(first) < caption.index(second))
+    assert 0.7 < np.mean(is_first) < 0.9
+
+
 def test_held_out_pairs_occur_only_in_the_novel_split():
     def pairs(scene):
         return {(g.colour, g.shape) for g in scene.groups} & shapes.NOVEL
