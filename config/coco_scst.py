@@ -13,6 +13,7 @@ scst_samples = 5
 
 batch_size = 64
 max_iters = 35000  # 20 epochs of 1,770 steps
+optimizer = "adamw"
 learning_rate = 2e-5
 warmup_iters = 0
 eval_interval = 1770
