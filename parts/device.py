@@ -147,6 +147,7 @@ class Device:
         best: a CPU without bfloat16 needs seconds for what others do in a moment.
         """
         n, seconds = 128, 0.0
+        self.matmul_seconds(n)  # a GPU's first product also loads the library
         while seconds < 0.01 and n < (8192 if self.type == "cuda" else 1024):
             n *= 2
             seconds = self.matmul_seconds(n)
