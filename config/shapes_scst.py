@@ -12,6 +12,7 @@ scst_samples = 5
 
 batch_size = 32
 max_iters = 150
+optimizer = "adamw"
 learning_rate = 1e-4
 warmup_iters = 0
 eval_interval = 50
