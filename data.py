@@ -404,7 +404,8 @@ def references_as_json(records: list) -> Iterator[str]:
             image["facts"] = record.facts
         yield separator + json.dumps(image)
         separator = ", "
-    separator = '], "annotations": ['
+    yield '], "annotations": ['
+    separator = ""
     first = 0  # number of the record's first caption
     for record in records:
         ids = record.caption_ids or range(first, first + len(record.captions))
