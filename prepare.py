@@ -242,7 +242,7 @@ def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict, dict, dic
     drop_bad(splits, files, bad, cfg)
     for split in splits:
         # Rows and records are still aligned: the last row is what the last image gives.
-        ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], split, cfg)]], workers=0)
+        ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], cfg)]], workers=0)
         last = torch.tensor(files[split].rows()[-1:])
         assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
     facts = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
@@ -282,7 +282,7 @@ def made_by(splits: Splits, cfg: Config, encoder) -> dict:
     sha = hashlib.sha256()
     for split, records in splits.items():
         for record in records:
-            path, *part = sources.locate(record, split, cfg)
+            path, *part = sources.locate(record, cfg)
             status = (stat(path).st_size, stat(path).st_mtime_ns)
             sha.update(repr((split, path, part, *status, record.bad)).encode())
     return {
@@ -307,7 +307,7 @@ def encode_missing(
         for batch in range(device.rank, -(-len(records) // size), device.world):
             if batch not in done:
                 jobs.append((split, batch, records[batch * size : (batch + 1) * size]))
-    images = ([sources.locate(r, split, cfg) for r in records] for split, _, records in jobs)
+    images = ([sources.locate(r, cfg) for r in records] for _, _, records in jobs)
     bad = list_bad(splits, files)
     total = sum(map(len, splits.values()))
     n_images = sum(len(records) for _, _, records in jobs)

@@ -26,11 +26,11 @@ import subprocess
 import sys
 import tarfile
 import time
-import unicodedata
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,6 +42,7 @@ SPLITS = ("train", "val", "test")  # what {split} stands for
 NEEDED = ("train", "val")  # the splits that must exist and have captions
 LONGEST = 2000  # characters of a caption or a name
 SPACES = re.compile(r"[ \t-\r]+")  # of ASCII; other spaces are the user's text, as in Chinese
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
 IN_TARS = ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff".split()  # images
 MACOS = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS adds to archives
 SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
@@ -59,10 +60,10 @@ class Record:
     facts: list[str] | None = None  # what is true of a built-in scene
     place: tuple | None = None  # (path, offset, size) of an image in a tar shard
     bad: str = ""  # why its captions cannot be used
-    split_from: str = ""  # the split it was moved from, in whose folder its image is
+    split: str = ""  # in the source: its image is in that split's folder
 
 
-Row = tuple[str, str, Record]  # what a reader yields: file:line or the like, split, image
+Row = tuple[str, Record]  # what a reader yields: file:line or the like, image
 
 
 class Problems:
@@ -75,9 +76,7 @@ class Problems:
     def add(self, problem: str, where: str, detail: object = "", is_mended: bool = False) -> None:
         self.count += not is_mended
         lines = self.lines.setdefault(problem, [])
-        text = f"  {where}: {detail}".removesuffix(": ")
-        if len(text) > len(where) + 84:
-            text = text[: len(where) + 83] + "…"
+        text = f"  {where}: {str(detail)[:80]}".removesuffix(": ")
         lines.append(text if len(lines) < 20 else "")
 
     def stop(self, source: str) -> None:
@@ -107,16 +106,18 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     for split, records in splits.items():
         check_captions(records, split, cfg)
     if "val" not in splits and cfg.val_images:
-        train, n = splits["train"], cfg.val_images
+        train = splits["train"]
+        n = cfg.val_images
         if n >= len(train):
             raise UserError(f"val_images={n}, but there are {len(train)} images in all: lower it")
         chosen = set(random.Random(cfg.seed).sample(range(len(train)), n))
         splits["train"] = [r for i, r in enumerate(train) if i not in chosen]
-        splits["val"] = [replace(r, split_from="train") for i, r in enumerate(train) if i in chosen]
+        splits["val"] = [r for i, r in enumerate(train) if i in chosen]
     if "val" not in splits:
         files = [set(glob.glob(cfg.captions.replace("{split}", s))) for s in ("*", *SPLITS)]
-        others = sorted(files[0].difference(*files[1:]))[:3]
-        hint = f"if it is {' or '.join(others)}, rename that; " if others else ""
+        hint = ""
+        if others := sorted(files[0].difference(*files[1:])):
+            hint = f"if it is {' or '.join(others[:3])}, rename that; "
         raise UserError(
             f"{cfg.captions}: no images in split `val`, only in {', '.join(splits)}: "
             f"{hint}--val_images=N moves some of train there"
@@ -129,10 +130,13 @@ def check_captions(records: list[Record], split: str, cfg) -> None:
 
     Raise UserError if train or val has no caption that can be used.
     """
-    is_needed = split in NEEDED or any(record.captions for record in records)
+    if split not in NEEDED and not any(record.captions for record in records):
+        for record in records:
+            record.bad = ""
+        return
     for record in records:
         if not record.captions:
-            record.bad = (record.bad or "caption: missing") if is_needed else ""
+            record.bad = record.bad or "caption: missing"
     if split in NEEDED and all(record.bad for record in records):
         raise UserError(
             f"{cfg.captions}: none of the {len(records)} images of split `{split}` has a caption "
@@ -164,14 +168,13 @@ def number_images(splits: dict[str, list[Record]]) -> None:
                 record.id = next(numbers)
 
 
+def locate(record: Record, cfg) -> tuple[str, int, int]:
+    """Return the (path, offset, size) of a record's image, as `encoder.read_image` takes them."""
+    return record.place or (os.path.join(images_folder(cfg, record.split), record.file_name), 0, -1)
+
+
 def images_folder(cfg, split: str) -> str:
     return (cfg.images or str(cfg.data_dir / "images")).replace("{split}", split)
-
-
-def locate(record: Record, split: str, cfg) -> tuple[str, int, int]:
-    """Return the (path, offset, size) of a record's image, as `encoder.read_image` takes them."""
-    folder = images_folder(cfg, record.split_from or split)
-    return record.place or (os.path.join(folder, record.file_name), 0, -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,9 +187,7 @@ def text_problem(text) -> str:
         return "missing" if text is None else "not text"
     if len(text) > LONGEST:
         return f"more than {LONGEST} characters"
-    if text.isprintable() and text.strip():
-        return ""
-    if {unicodedata.category(c) for c in text} & {"Cc", "Cs"}:
+    if CONTROL.search(text):
         return "a control character, or not UTF-8"
     return "" if any(c.isprintable() and c != " " for c in text) else "empty"
 
@@ -196,10 +197,10 @@ def token_ids(tokens, tokenizer) -> list[int] | None:
     bos and eos. Return None if it is neither, or not all are the tokenizer's ordinary ids or unk.
     """
     if isinstance(tokens, str):
-        words = tokens.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
-        if not all(w.isascii() and w.isdecimal() and len(w) < 10 for w in words):
+        try:
+            tokens = [int(word) for word in re.sub(r"[\[\],]", " ", tokens).split()]
+        except ValueError:
             return None
-        tokens = [int(w) for w in words]
     if not isinstance(tokens, list):
         return None
     if tokens[:1] == [tokenizer.bos]:
@@ -216,66 +217,71 @@ def token_ids(tokens, tokenizer) -> list[int] | None:
 def gather(rows: Iterator[Row], cfg, problems: Problems, tokenizer=None) -> dict:
     """Return the records of each split, made of the rows; what is wrong goes to `problems`."""
     gathering = Gathering(cfg, problems, tokenizer)
-    for row in rows:
-        gathering.add(*row)
-    splits = {split: list(records.values()) for split, records in gathering.records.items()}
-    for records in splits.values():
-        n = sum(record.id is None for record in records)
-        if 0 < n < len(records):
-            problems.add("images without an id, although others have one", cfg.captions, n)
+    for where, row in rows:
+        gathering.add(where, row)
+    splits: dict[str, list[Record]] = {}
+    for records in gathering.records.values():
+        for record in records.values():
+            splits.setdefault(record.split, []).append(record)
     number_images(splits)
     return splits
 
 
 class Gathering:
-    """The records of each split, while rows are added to them."""
+    """The records, while rows are added to them."""
 
     def __init__(self, cfg, problems: Problems, tokenizer):
-        self.cfg, self.problems, self.tokenizer = cfg, problems, tokenizer
-        self.records: dict[str, dict[str, Record]] = {}  # split -> normal file name -> record
+        self.cfg = cfg
+        self.problems = problems
+        self.tokenizer = tokenizer
         self.folders: dict[str, str] = {}  # split -> absolute path of its images folder
-        self.first: Record | None = None  # all have caption ids, or tokens, if the first has
-        self.ids: dict[tuple, set] = {}  # (split, images or captions) -> their ids
+        self.records: dict[str, dict] = defaultdict(dict)  # folder -> name within it -> record
+        self.ids: dict[tuple, set] = defaultdict(set)  # (split, images or captions) -> their ids
+        self.given: dict[str, bool] = {}  # whether the first row has ids, or tokens
 
-    def add(self, where: str, split: str, row: Record) -> None:
+    def add(self, where: str, row: Record) -> None:
         """Check a row, and make it its image's record, or add its captions to that."""
-        row.captions = [
-            SPACES.sub(" ", c).strip(" ") if isinstance(c, str) else c for c in row.captions
-        ]
-        for fault in filter(None, map(text_problem, row.captions)):
-            if row.place:  # in a tar, nobody can repair a line
+        for i, caption in enumerate(row.captions):
+            if isinstance(caption, str):
+                row.captions[i] = SPACES.sub(" ", caption).strip(" ")
+            fault = text_problem(row.captions[i])
+            if fault and row.place:  # in a tar, nobody can repair a line
                 row.bad = f"caption: {fault}"
-            else:
+            elif fault:
                 self.problems.add(f"bad caption ({fault})", where)
-        path = self.normal_name(where, split, row.file_name)
-        if not path:
+        record = self.record_of(where, row)
+        if not record:
             return
-        if row.captions:
-            self.check_extras(where, split, row)
-        else:
-            row.tokens = None
-        record = self.records[split].setdefault(path, row)
+        self.check_extras(where, row)
+        if record.split != row.split:
+            self.problems.add("image in two splits", where, row.file_name)
+            record = row
         if record is row:
-            self.check_image(where, split, row)
+            file = locate(row, self.cfg)[0]
+            if not row.place and not self.cfg.embeddings and not os.path.isfile(file):
+                self.problems.add("no such image", where, file)
+            self.check_id(where, row.split, "images", row.id)
             return
         if self.cfg.source not in SEVERAL_ROWS:
             self.problems.add("image listed twice", where, row.file_name)
-        elif row.id is not None and row.id != record.id:
+        elif row.id not in (None, record.id):
             self.problems.add("image with two ids", where, f"{row.file_name}: {row.id}")
         record.captions += row.captions
         if row.tokens:
             record.tokens = (record.tokens or []) + row.tokens
 
-    def normal_name(self, where: str, split: str, name: str) -> str:
-        """Return a file name relative to the images folder, empty if it cannot be used."""
+    def record_of(self, where: str, row: Record) -> Record | None:
+        """Return the record of a row's image: the row itself, if it is the first. Return None if
+        the names of split or image cannot be used."""
+        split = row.split
+        name = row.file_name
         if not (isinstance(split, str) and SPLIT_NAME.fullmatch(split)):
             self.problems.add("bad split name", where, split)
-            return ""
+            return None
         if fault := text_problem(name):
             self.problems.add(f"bad file name ({fault})", where)
-            return ""
-        if split not in self.records:
-            self.records[split] = {}
+            return None
+        if split not in self.folders:
             self.folders[split] = os.path.join(os.path.abspath(images_folder(self.cfg, split)), "")
         folder = self.folders[split]
         path = os.path.abspath(os.path.join(folder, name))
@@ -286,25 +292,38 @@ class Gathering:
                 self.problems.add(f"{problem} ({hint})", where, name)
                 self.problems.stop(self.cfg.captions)
             self.problems.add(problem, where, name)
-            return ""
+            return None
         path = path.removeprefix(folder)
-        others = (other for other in self.records if other != split)
-        if any(path in self.records[o] and self.folders[o] == folder for o in others):
-            self.problems.add("image in two splits", where, name)
-        return name if path == name else path  # share the string: there may be millions
+        if path == name:
+            path = name  # one string in memory: there may be millions
+        return self.records[folder].setdefault(path, row)
 
-    def check_image(self, where: str, split: str, record: Record) -> None:
-        """Check that a new image exists and has an id of its own, if any."""
-        if not record.place and not self.cfg.embeddings:
-            file = locate(record, split, self.cfg)[0]
-            if not os.path.isfile(file):
-                self.problems.add("no such image", where, file)
-        if record.id is not None:
-            self.check_id(where, split, "images", record.id)
+    def check_extras(self, where: str, row: Record) -> None:
+        """Check a row's caption ids and tokens; make tokens lists of ids."""
+        if not row.captions:
+            row.tokens = None
+            return
+        if None in (row.caption_ids or [None]):
+            row.caption_ids = None
+        for caption_id in row.caption_ids or [None]:
+            self.check_id(where, row.split, "captions", caption_id)
+        self.check_given(where, "tokens", row.tokens)
+        if row.tokens is None:
+            return
+        if not self.tokenizer:
+            raise UserError(f"{where}: tokens need --tokenizer=FILE, the model that made them")
+        tokens = [token_ids(caption, self.tokenizer) for caption in row.tokens]
+        if None in tokens or len(tokens) != len(row.captions):
+            expected = f"ids of {self.cfg.tokenizer}, none of them pad, bos or eos"
+            self.problems.add(f"bad tokens (expected {expected})", where, row.tokens)
+        row.tokens = tokens
 
     def check_id(self, where: str, split: str, what: str, value) -> None:
-        """Check that an id is of one image, or caption, of its split. The next one's begin anew."""
-        ids = self.ids.setdefault((split, what), set())
+        """Check the id of an image or caption, unique within its split, unless none has one."""
+        ids = self.ids[split, what]
+        self.check_given(where, f"ids of {what} in split {split}", value)
+        if value is None:
+            return
         if type(value) is not int and text_problem(value):
             self.problems.add("bad id", where, value)
         elif value in ids:
@@ -312,26 +331,11 @@ class Gathering:
         else:
             ids.add(value)
 
-    def check_extras(self, where: str, split: str, row: Record) -> None:
-        """Check caption ids and tokens; make tokens lists of ids."""
-        if row.caption_ids and None in row.caption_ids:
-            row.caption_ids = None
-        first = self.first = self.first or row
-        if bool(row.caption_ids) != bool(first.caption_ids):
-            self.problems.add("caption ids for some images only", where)
-        for caption_id in row.caption_ids or ():
-            self.check_id(where, split, "captions", caption_id)
-        if (row.tokens is None) != (first.tokens is None):
-            self.problems.add("tokens for some captions only", where)
-        elif row.tokens is not None:
-            if not self.tokenizer:
-                raise UserError(f"{where}: tokens need --tokenizer=FILE, the model that made them")
-            given = row.tokens if isinstance(row.tokens, list) else [None]
-            tokens = [token_ids(caption, self.tokenizer) for caption in given]
-            if None in tokens or len(tokens) != len(row.captions):
-                expected = f"ids of {self.cfg.tokenizer}, none of them pad, bos or eos"
-                self.problems.add(f"bad tokens (expected {expected})", where, row.tokens)
-            row.tokens = tokens
+    def check_given(self, where: str, what: str, value) -> None:
+        """Check that something is given everywhere, if it was given the first time, or nowhere."""
+        is_given = value is not None
+        if self.given.setdefault(what, is_given) != is_given:
+            self.problems.add(f"{what} for some images only", where)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,18 +358,32 @@ def open_text(path: str):
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-COLUMNS = ("image", "caption", "id", "split", "tokens")  # of a CSV; keys of a JSON line
+# Columns of a CSV, and keys of a JSON line; file_name and text are Hugging Face's.
+COLUMNS = ("image", "file_name", "caption", "text", "id", "split", "tokens")
 
 
-def columns(names: list[str], where: str) -> list[str]:
-    """Return the names of columns or keys, Hugging Face's as ours unless ours are there too."""
-    for theirs, ours in (("file_name", "image"), ("text", "caption")):
-        if ours not in names and f"{ours}s" not in names:
-            names = [ours if name == theirs else name for name in names]
-    if "image" not in names or not {"caption", "captions"} & set(names):
+def check_columns(names: list[str], where: str) -> None:
+    """Raise UserError unless image and caption are among the names, and none is there twice."""
+    names = [name.replace("captions", "caption") for name in names]
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {name} is there twice: rename one")
+    if not {"image", "file_name"} & set(names) or not {"caption", "text"} & set(names):
         got = ",".join(names)[:60]
         raise UserError(f"{where}: expected a header or keys with image,caption, got `{got}`")
-    return names
+
+
+def row_of(entry: dict, split: str, where: str) -> Row:
+    """Return the Row of a CSV's or JSONL's line, with as many `tokens` as `captions`."""
+    name = entry.get("image", entry.get("file_name"))
+    captions = entry.get("captions", entry.get("caption", entry.get("text")))
+    tokens = entry.get("tokens")
+    if tokens is not None and not (isinstance(captions, list) and isinstance(tokens, list)):
+        tokens = [tokens]
+    if not isinstance(captions, list):
+        captions = [captions]
+    split = entry.get("split", split)
+    return where, Record(entry.get("id"), name, captions, tokens=tokens, split=split)
 
 
 def read_csv(cfg, problems: Problems) -> Iterator[Row]:
@@ -373,34 +391,28 @@ def read_csv(cfg, problems: Problems) -> Iterator[Row]:
     for split, path in caption_files(cfg):
         with open_text(path) as file:
             reader = csv.reader(file, strict=True)
-            header, line = None, 1  # the line where a row starts
-            while True:
-                where, cells = f"{path}:{line}", []
+            header: list[str] = []
+            cells: list[str] | None = []
+            while cells is not None:
+                where = f"{path}:{reader.line_num + 1}"
                 try:
-                    cells = next(reader)
-                except StopIteration:
-                    break
+                    cells = next(reader, None)
                 except csv.Error as error:
                     problems.add("malformed CSV", where, error)
-                line = reader.line_num + 1
-                if header is None:
-                    header = csv_header(cells, where)
-                elif cells and len(cells) != len(header):
+                    continue
+                if not cells:  # an empty line, or the end
+                    continue
+                if not header:
+                    header = [name.strip().lower() for name in cells]
+                    check_columns(header, where)
+                elif len(cells) != len(header):
                     detail = f"{len(cells)} for {len(header)} columns (a comma without quotes?)"
                     problems.add("wrong number of cells", where, detail)
-                elif cells:
-                    entry = dict(zip(header, cells, strict=True))
+                else:
+                    entry: dict = dict(zip(header, cells, strict=True))
                     if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", entry.get("id", "")):
                         entry["id"] = int(entry["id"])
                     yield row_of(entry, split, where)
-
-
-def csv_header(cells: list[str], where: str) -> list[str]:
-    header = columns([name.strip().lower() for name in cells], where)
-    for name in COLUMNS:
-        if header.count(name) > 1:
-            raise UserError(f"{where}: two columns are called {name}: rename one")
-    return header
 
 
 def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
@@ -409,15 +421,8 @@ def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                entry = json_object(where, line, problems)
-                if not entry:
-                    continue
-                entry = dict(zip(columns(list(entry), where), entry.values(), strict=True))
-                if {"caption", "captions"} <= set(entry):
-                    problems.add("both `caption` and `captions`", where)
-                else:
+                if line.strip() and (entry := json_object(where, line, problems)):
+                    check_columns(list(entry), where)
                     yield row_of(entry, split, where)
 
 
@@ -434,55 +439,48 @@ def json_object(where: str, text: str | bytes, problems: Problems) -> dict:
     return {}
 
 
-def row_of(entry: dict, split: str, where: str) -> Row:
-    """Return the Row of a CSV's or JSONL's line; `tokens` has as many items as `captions`."""
-    captions, tokens = entry.get("captions", entry.get("caption")), entry.get("tokens")
-    if not isinstance(captions, list):
-        captions = [captions]
-        if tokens is not None:
-            tokens = [tokens]
-    record = Record(entry.get("id"), entry.get("image"), captions, tokens=tokens)
-    return where, entry.get("split", split), record
-
-
 # Headers of Flickr8k's captions.txt and of Flickr30k's captions.txt and results.csv.
 FLICKR_HEADER = re.compile(r"image(_name)?([,|]) ?(comment_number\2 ?)?(caption|comment)")
 # What is wrong in the files as they were published: Flickr8k's has captions of x.jpg.1, an image
 # that it lacks, and one line of Flickr30k's has no bar between number and caption.
 UNPUBLISHED = re.compile(r".+\.jpg\.[0-9]")
-NO_BAR = re.compile(r" *([0-9]+) +(.+)")
+NO_BAR = re.compile(r" *[0-9]+ +(.+)")
 
 
 def read_flickr(cfg, problems: Problems) -> Iterator[Row]:
     """Flickr8k's and Flickr30k's lines: `name#number<tab>caption`, `name,caption`, or if the
     header says so `name,number,caption` or `name| number| caption`."""
     for split, path in caption_files(cfg):
-        comma, columns = ",", 2
+        bar = ","
+        is_numbered = False
         with open_text(path) as file:
             for number, line in enumerate(map(str.strip, file), 1):
                 where = f"{path}:{number}"
-                header = FLICKR_HEADER.fullmatch(line) if number == 1 else None
-                if header:
-                    comma, columns = header[2], 3 if header[3] else 2
-                elif "\t" in line:
-                    name, _, caption = line.partition("\t")
+                if number == 1 and (header := FLICKR_HEADER.fullmatch(line)):
+                    bar = header[2]
+                    is_numbered = bool(header[3])
+                    continue
+                if not line:
+                    continue
+                name, found, caption = line.partition(bar)
+                if "\t" in line:
+                    name, found, caption = line.partition("\t")
                     name = name.rpartition("#")[0] or name
                     if UNPUBLISHED.fullmatch(name):
                         problems.add("left out, of an image never published", where, line, True)
-                    else:
-                        yield where, split, Record(None, name, [caption])
-                elif line:
-                    cells = line.split(comma, columns - 1)
-                    if len(cells) == 2 < columns and (parts := NO_BAR.fullmatch(cells[1])):
-                        problems.add(f"`{comma}` put after a number", where, line, True)
-                        cells[1:] = parts.groups()
-                    if len(cells) < columns:
-                        problems.add(f"neither a tab nor {columns} columns", where, line)
                         continue
-                    caption = cells[-1].strip()
-                    if comma == "," and caption[:1] == caption[-1:] == '"':
-                        caption = caption[1:-1].replace('""', '"')
-                    yield where, split, Record(None, cells[0], [caption])
+                elif is_numbered and bar in caption:
+                    caption = caption.partition(bar)[2]
+                elif is_numbered and (match := NO_BAR.fullmatch(caption)):
+                    problems.add(f"`{bar}` put after a number", where, line, True)
+                    caption = match[1]
+                elif is_numbered or not found:
+                    problems.add("neither a tab nor the header's columns", where, line)
+                    continue
+                caption = caption.strip()
+                if found == "," and caption[:1] == caption[-1:] == '"':
+                    caption = caption[1:-1].replace('""', '"')
+                yield where, Record(None, name, [caption], split=split)
 
 
 def entries(content, name: str, path: str, problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -500,44 +498,40 @@ def read_karpathy(cfg, problems: Problems) -> Iterator[Row]:
     """Karpathy's JSON of COCO, Flickr8k or Flickr30k (2015); `restval` joins train."""
     for _, path in caption_files(cfg):
         for where, image in entries(read_json(path), "images", path, problems):
-            sentences = image.get("sentences")
-            if not isinstance(sentences, list) or not all(isinstance(s, dict) for s in sentences):
+            try:
+                captions = [sentence.get("raw") for sentence in image["sentences"]]
+                caption_ids = [sentence.get("sentid") for sentence in image["sentences"]]
+            except (KeyError, TypeError, AttributeError):
                 problems.add("no list of `sentences`", where)
                 continue
-            split, name, folder = image.get("split"), image.get("filename"), image.get("filepath")
+            name = image.get("filename")
+            if name and image.get("filepath"):
+                name = f"{image['filepath']}/{name}"
+            split = image.get("split")
             if split == "restval":
                 split = "train"
-            if isinstance(folder, str) and isinstance(name, str) and folder:
-                name = f"{folder}/{name}"
-            captions = [sentence.get("raw") for sentence in sentences]
-            caption_ids = [sentence.get("sentid") for sentence in sentences]
             image_id = image.get("cocoid", image.get("imgid"))
-            yield where, split, Record(image_id, name, captions, caption_ids)
+            yield where, Record(image_id, name, captions, caption_ids, split=split)
 
 
 def read_coco(cfg, problems: Problems) -> Iterator[Row]:
-    """COCO's caption annotations, one file per split."""
+    """COCO's caption annotations, one file per split; those of test images have none."""
     for split, path in caption_files(cfg):
         content = read_json(path)
-        if isinstance(content, dict):  # the files of test images have no annotations
+        if isinstance(content, dict):
             content["annotations"] = content.get("annotations") or []
-        annotations: dict = {}  # image id -> its annotations
+        annotations = defaultdict(list)  # image id, as text because JSON may hold anything -> its
         for where, annotation in entries(content, "annotations", path, problems):
-            image_id = annotation.get("image_id")
-            if isinstance(image_id, int | str):
-                annotations.setdefault(image_id, []).append(annotation)
-            else:
-                problems.add("annotation without an image_id", where)
+            annotations[repr(annotation.get("image_id"))].append((where, annotation))
         for where, image in entries(content, "images", path, problems):
-            image_id, own = image.get("id"), []
-            if isinstance(image_id, int | str):
-                own = annotations.pop(image_id, [])
-            captions = [annotation.get("caption") for annotation in own]
-            caption_ids = [annotation.get("id") for annotation in own]
+            own = annotations.pop(repr(image.get("id", "")), [])
+            captions = [annotation.get("caption") for _, annotation in own]
+            caption_ids = [annotation.get("id") for _, annotation in own]
             name = image.get("file_name")
-            yield where, split, Record(image_id, name, captions, caption_ids)
-        for image_id in annotations:
-            problems.add("captions of an image that is not listed", path, f"image_id {image_id}")
+            yield where, Record(image.get("id"), name, captions, caption_ids, split=split)
+        for where, annotation in itertools.chain(*annotations.values()):
+            image_id = annotation.get("image_id")
+            problems.add("caption of an image that is not listed", where, f"image_id {image_id}")
 
 
 def read_shards(cfg, problems: Problems) -> Iterator[Row]:
@@ -556,29 +550,31 @@ def read_shards(cfg, problems: Problems) -> Iterator[Row]:
         paths = sorted(glob.glob(pattern))
         if not paths:
             raise UserError(f"{pattern}: no .tar files")
-        rows = []
+        rows = []  # (TAR, where, record)
         for path in paths:
             name = path[len(root) :]
-            rows += [(name, *row) for row in read_shard(path, name, problems)]
+            for where, record in read_shard(path, problems):
+                record.split = split
+                record.file_name = f"{name}/{record.file_name}"
+                rows.append((name.removesuffix(".tar"), where, record))
         is_repeated = len({record.id for _, _, record in rows}) < len(rows)
         for name, where, record in rows:
             if is_repeated:
-                record.id = f"{name.removesuffix('.tar')}/{record.id}"
-            yield where, split, record
+                record.id = f"{name}/{record.id}"
+            yield where, record
 
 
-def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, Record]]:
-    """Yield (where, record) for the images of a tar, whose `name` their file names begin with."""
-    samples: dict[str, dict] = {}  # key -> suffix -> (where, member, text)
+def read_shard(path: str, problems: Problems) -> Iterator[Row]:
+    """Yield the images of a tar, with the names that they have there."""
+    samples: dict[str, dict] = defaultdict(dict)  # key -> suffix -> (where, member, text)
     for where, member, text in tar_members(path, problems):
         key, suffix = os.path.splitext(os.path.normpath(member.name))
         suffix = suffix.lower()
         if suffix in IN_TARS:
             suffix = "image"
-        sample = samples.setdefault(key, {})
-        if suffix in sample:
+        if suffix in samples[key]:
             problems.add("two members of one key and type", where, member.name)
-        sample[suffix] = (where, member, text)
+        samples[key][suffix] = (where, member, text)
     for key, sample in samples.items():
         first = next(iter(sample.values()))[0]
         caption = None
@@ -589,13 +585,14 @@ def read_shard(path: str, name: str, problems: Problems) -> Iterator[tuple[str, 
             caption = json_object(where, text, problems).get("caption")
         if "image" in sample:
             member = sample["image"][1]
-            place = (path, member.offset_data, member.size)
-            record = Record(key, f"{name}/{member.name}", [caption], place=place)
+            record = Record(key, member.name, [caption])
+            record.place = (path, member.offset_data, member.size)
+            others = " ".join(sorted(sample.keys() - {"image"}))
             if caption is None:
                 record.captions = []
-                if others := " ".join(sorted(set(sample) - {"image"})):
-                    expected = "KEY.txt or `caption` in KEY.json"
-                    record.bad = f"caption: missing (expected {expected}, found {others})"
+            if caption is None and others:
+                expected = "KEY.txt or `caption` in KEY.json"
+                record.bad = f"caption: missing (expected {expected}, found {others})"
             yield first, record
         elif ".txt" in sample or ".json" in sample:
             problems.add("captions without an image", first, key)
@@ -609,41 +606,29 @@ def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.Ta
     try:
         with tarfile.open(path, "r:") as tar:
             for i, member in enumerate(tar):
-                where, text = f"{path}: member {i}", b""
-                if MACOS.search(member.name):
+                where = f"{path}: member {i}"
+                text = b""
+                is_text = member.name.lower().endswith((".txt", ".json"))
+                if member.isdir() or MACOS.search(member.name):
                     continue
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     problems.add("file name outside the tar", where, member.name)
-                elif member.isdir():
-                    continue
                 elif not member.isfile() or member.issparse():
                     problems.add("neither a plain file nor a folder", where, member.name)
+                elif is_text and member.size > 1 << 20:
+                    problems.add("text of more than 1 MiB", where, member.name)
                 else:
-                    is_text = member.name.lower().endswith((".txt", ".json"))
-                    if is_text and member.size > 1 << 20:
-                        problems.add("text of more than 1 MiB", where, member.name)
-                    elif is_text:
+                    if is_text:
                         text = tar.extractfile(member).read()
                     yield where, member, text
-            if not ends_at(path, tar.offset):  # tarfile stops there, whatever follows
-                detail = f"no end mark at byte {tar.offset} of {os.path.getsize(path)}"
-                problems.add("tar that is cut, damaged, or two in one", path, detail)
+        with open(path, "rb") as file:  # tarfile stops at what it cannot read, whatever follows
+            file.seek(tar.offset)
+            rest = file.read(1 << 24)
+        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+            detail = f"no end mark at byte {tar.offset} of {os.path.getsize(path)}"
+            problems.add("tar that is cut, damaged, or two in one", path, detail)
     except (tarfile.TarError, EOFError) as error:
-        with open(path, "rb") as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-        problems.add("broken tar", path, "compressed: gunzip it first" if is_gzip else error)
-
-
-def ends_at(path: str, end: int) -> bool:
-    """Whether a block of zeros, and nothing but zeros, follows byte `end` of a tar."""
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            return False
-        while block and not block.strip(b"\0"):
-            block = file.read(1 << 20)
-    return not block
+        problems.add("broken tar", path, f"{error} (if it is compressed, gunzip it first)")
 
 
 READERS = {
@@ -692,7 +677,7 @@ def fetch(cfg) -> None:
             if not archive.is_file():  # one zip may hold what several entries need
                 download(url, archive, checksum)
             elif checksum:
-                check(url, archive, note_of(archive), checksum)
+                check(url, archive, archive, checksum)
             unpack(archive, path)
             if archive not in archives[i + 1 :]:
                 archive.unlink()
@@ -737,10 +722,6 @@ def archive_name(url: str) -> str:
     return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}" if query else name
 
 
-def note_of(archive: Path) -> Path:
-    return archive.with_name(f"{archive.name}.json")
-
-
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -777,7 +758,7 @@ def download(url: str, archive: Path, checksum: str = "") -> None:
         wait = WAIT * 2 ** max(0, failures - 1)
         print(f"{url}: {problem}: next attempt in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
-    check(url, part, note_of(archive), checksum)
+    check(url, part, archive, checksum)
     os.replace(part, archive)
 
 
@@ -802,11 +783,12 @@ def transfer(url: str, part: Path, size: int) -> str:
     return "" if size in (0, size_of(part)) else f"{size_of(part)} of {size} bytes arrived"
 
 
-def check(url: str, file: Path, note: Path, checksum: str) -> None:
+def check(url: str, file: Path, archive: Path, checksum: str) -> None:
     """Compare a download with its checksum; without one, with the SHA-256 noted the first time.
 
     Raise UserError, and delete the file, if they differ.
     """
+    note = Path(f"{archive}.json")
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "md5" if len(checksum) == 32 else "sha256")
     found, expected, hint = digest.hexdigest(), checksum.lower(), AGAIN
@@ -825,8 +807,8 @@ def check(url: str, file: Path, note: Path, checksum: str) -> None:
 def unpack(archive: Path, path: Path) -> None:
     """Unpack the file or folder `path.name` at the top of a zip to `path`, whole or not at all.
 
-    Raise UserError if it is not there or points outside, or if the disk has no room. A broken zip
-    is deleted, and its note, so that the next run downloads it again.
+    Raise UserError if it is not there or points outside. A broken zip is deleted, and its note, so
+    that the next run downloads it again.
     """
     temporary = path.with_name(path.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -834,19 +816,16 @@ def unpack(archive: Path, path: Path) -> None:
         with zipfile.ZipFile(archive) as content:
             members = [m for m in content.infolist() if m.filename.split("/")[0] == path.name]
             for member in members:
-                if ".." in member.filename.split("/") or "\\" in member.filename:
+                if ".." in member.filename.split("/"):
                     raise UserError(f"{archive}: member {member.filename} points outside")
             if not members:
                 raise UserError(f"{archive}: holds no {path.name}")
-            size, room = sum(m.file_size for m in members), shutil.disk_usage(path.parent).free
-            if size > room:
-                raise UserError(f"{archive}: holds {size} bytes, the disk has room for {room}")
             for member in tqdm(members, desc=f"unpacking {path.name}", unit="file"):
                 content.extract(member, temporary)
         os.replace(temporary / path.name, path)
     except BROKEN as error:
         archive.unlink()
-        note_of(archive).unlink(missing_ok=True)
+        Path(f"{archive}.json").unlink(missing_ok=True)
         raise UserError(f"{archive}: not a zip that can be unpacked: {error}; {AGAIN}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
