@@ -10,7 +10,6 @@ Needs the extras: pip install -r requirements-clip.txt
 """
 
 import contextlib
-import errno
 import hashlib
 import importlib
 import io
@@ -18,6 +17,7 @@ import itertools
 import mimetypes
 import os
 import pickle
+import re
 import struct
 import warnings
 import zlib
@@ -41,7 +41,7 @@ class BadImage(Exception):
 # Formats that Pillow decodes by itself: to open EPS, for one, it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 LARGEST = 1 << 28  # bytes of a file
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+HIDDEN = re.compile(r"\.|__MACOSX$")
 NARROWEST = 200  # longer : shorter side; resizing to CLIP's height multiplies the memory by it
 # Pillow's warnings would interrupt the progress bar; those that matter become a BadImage.
 warnings.filterwarnings("ignore", module="PIL")
@@ -60,15 +60,15 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
     from PIL import Image, ImageOps, PngImagePlugin
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a colour profile may be large
-    if size < 0 or size > LARGEST:
+    if not 0 <= size <= LARGEST:
         size = LARGEST + 1
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise BadImage(error.strerror) from None
     except OSError as error:
-        if error.errno in MISSING:
-            raise BadImage(error.strerror) from None
         raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
     if not data:
         raise BadImage("empty file")
@@ -97,9 +97,7 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
         return image.convert("RGB")
     except Image.UnidentifiedImageError:
         raise BadImage(f"no image in a known format ({' '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:  # more than twice as many
-        raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except BROKEN as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise BadImage(f"broken: {error or type(error).__name__}") from None
 
 
@@ -141,8 +139,8 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
             continue
         before = len(images)
         for folder, folders, names in os.walk(path, onerror=unreadable):
-            folders[:] = [name for name in folders if is_visible(name)]
-            for name in filter(is_visible, names):
+            folders[:] = [name for name in folders if not HIDDEN.match(name)]
+            for name in [name for name in names if not HIDDEN.match(name)]:
                 kind = mimetypes.guess_type(name)[0] or "image"  # without a suffix, it may be one
                 if kind.startswith("image"):
                     images.append(Path(folder, name))
@@ -152,10 +150,6 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
             raise UserError(f"{path}: no images in it")
         images[before:] = sorted(images[before:])
     return images, sorted(others)
-
-
-def is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,8 +214,6 @@ class Encoder:
     """
 
     def __init__(self, name: str, features="pooled", grid: int = 0, device="cpu", text=False):
-        if not name:
-            raise UserError("clip: expected a model's name or folder, got nothing")
         folder, what = or_shipped(name), f"clip={name}"
         if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
             raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
