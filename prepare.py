@@ -129,11 +129,13 @@ class EmbeddingFile:
     """
 
     def __init__(self, folder: Path, split: str, rank: int = 0):
-        self.folder, self.split = folder, split
+        self.folder = folder
+        self.split = split
         self.path = folder / f"{split}.npy"
         self.log = folder / f"rank{rank}.jsonl"
         rows = np.load(self.path, mmap_mode="r")
-        self.shape, self.begin = rows.shape, rows.offset
+        self.shape = rows.shape
+        self.begin = rows.offset
         self.unlogged: list[str] = []
 
     @classmethod
@@ -344,17 +346,16 @@ def list_bad(splits: Splits, files: dict[str, EmbeddingFile]) -> dict[str, dict[
     return bad
 
 
-def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int | None = None) -> None:
-    """Write the bad rows to skipped.csv. Raise UserError if they are more than `max_bad`.
-
-    With a rank, they are those that it knows so far.
-    """
-    count, total = sum(map(len, bad.values())), sum(map(len, splits.values()))
+def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int = 0) -> None:
+    """Write the bad rows, as far as they are known, to skipped.csv. Raise UserError if they are
+    more than `max_bad`."""
+    count = sum(map(len, bad.values()))
+    total = sum(map(len, splits.values()))
     path = cfg.data_dir / "skipped.csv"
     if not count:
         path.unlink(missing_ok=True)
         return
-    own = path.with_name(f"skipped.{rank or 0}.csv")  # two ranks may have too many at once
+    own = path.with_name(f"skipped.{rank}.csv")  # two ranks may have too many at once
     with replacing(own) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("split", "id", "file_name", "reason"))
@@ -366,9 +367,8 @@ def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int | None = None) -
                 writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
     os.replace(own, path)
     if count > cfg.max_bad * total:
-        so_far = "" if rank is None else f"at least (rank {rank}) "
         raise UserError(
-            f"{so_far}{count} of {total} images cannot be used, more than max_bad={cfg.max_bad}: "
+            f"at least {count} of {total} images cannot be used, more than max_bad={cfg.max_bad}: "
             f"repair those in {path}, or raise max_bad"
         )
     print(f"left out {count} of {total} images, listed in {path}")
@@ -399,15 +399,15 @@ def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict, dict, dict]:
     """
     array, row_of = open_embeddings(cfg)
     rows = {}  # split -> the row of each image
+    owner: dict[int, str] = {}  # row -> the image that has it
+    problems = sources.Problems()
     for split, records in list(splits.items()):
         names = [record.file_name for record in records]
         rows[split] = [row_of.get(name, row_of.get(name.rpartition("/")[2])) for name in names]
         if split not in sources.NEEDED and set(rows[split]) == {None}:
             print(f"left out split `{split}`: {cfg.embedding_names} has none of its images")
             del splits[split]
-    owner: dict[int, str] = {}  # row -> the image that has it
-    problems = sources.Problems()
-    for split, records in splits.items():
+            continue
         for record, row in zip(records, rows[split], strict=True):
             name = record.file_name
             if row in owner:
@@ -442,17 +442,12 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
     """Return the user's array, (N, P, D), memory-mapped, and the row of each image's name."""
     try:
         array = np.lib.format.open_memmap(cfg.embeddings, "r")
-        names = Path(cfg.embedding_names).read_text(encoding="utf-8-sig").split("\n")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{error.filename}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{cfg.embedding_names}: not UTF-8") from None
     except ValueError:
         raise UserError(f"{cfg.embeddings}: {NOT_NPY}") from None
     if array.dtype.kind not in "fiu":
         raise UserError(f"{cfg.embeddings}: not a .npy array of numbers")
-    if names[-1] == "":
-        names.pop()
+    names = Path(cfg.embedding_names).read_text("utf-8-sig", "surrogateescape")
+    names = names.removesuffix("\n").split("\n")
     if array.ndim not in (2, 3) or len(array) != len(names) or not array.size:
         raise UserError(
             f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has {len(names)} "
