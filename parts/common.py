@@ -255,7 +255,7 @@ def prefetch(function: Callable, items: Iterable, threads: int = 1) -> Iterator:
     if threads == 0:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, "prefetch") as pool:
         try:
             results: deque = deque()
             for item in items:

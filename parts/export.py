@@ -8,6 +8,8 @@ the card, README.md, has the code that captions an image with them. Needs the ex
 -r requirements-clip.txt
 """
 
+if __name__ == "__main__":
+    import parts.start  # noqa: F401 - before what takes seconds
 import json
 import sys
 from dataclasses import asdict, dataclass

@@ -426,9 +426,9 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 
 def readers() -> list[str]:
-    """The threads that read images and still run; others, of tqdm for one, may come and go."""
+    """The threads that read images and still run; others, of transformers for one, come and go."""
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("ThreadPoolExecutor")]
+    return [name for name in names if name.startswith("prefetch")]
 
 
 def test_a_disk_or_network_at_fault_stops_and_blames_no_image(tmp_path, monkeypatch, clip):

@@ -65,13 +65,15 @@ def test_every_script_and_setting_it_names_exists():
     import bench_scale
 
     import bench
+    import bench_gpu
     from configurator import Config, kinds_of
     from parts.export import ExportConfig
     from parts.shapes_clip import ShapesConfig
     from sample import SampleConfig
 
     settings = (Config, SampleConfig, ExportConfig, ShapesConfig, bench.TrainBench,
-                bench.DecodeBench, bench_prepare.Bench, bench_scale.ScaleConfig)  # fmt: skip
+                bench.DecodeBench, bench_gpu.GpuBench, bench_prepare.Bench,
+                bench_scale.ScaleConfig)  # fmt: skip
     known = {name for kind in settings for name in kinds_of(kind)}
     known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts out help".split())
     assert not set(re.findall(r"--(\w+)", README)) - known
