@@ -4,9 +4,9 @@
     python train.py config/flickr8k.py
     python sample.py --ckpt out/flickr8k/ckpt.pt --split val --method beam
 
-Measured on validation, with embeddings of a MobileNet (not CLIP's): CIDEr .458 greedy after these
-2,000 steps, one run on an H200 in bfloat16. LOG.md has the settings that were compared. On two cores
-without bfloat16, a step takes about STEP. The images are for non-commercial research.
+Measured on validation, with embeddings of a MobileNet (not CLIP's): greedy CIDEr .458, one run on an
+H200 in bfloat16. LOG.md has the settings that were compared. Not yet timed on two cores. The images
+are for non-commercial research.
 """
 
 dataset = "flickr8k"

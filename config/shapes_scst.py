@@ -3,7 +3,8 @@
     python train.py config/shapes.py config/shapes_scst.py
     python sample.py --ckpt out/shapes_scst/ckpt.pt --split test
 
-It takes 150 steps. In one run, greedy CIDEr on test rose from 4.64 to 5.19, and facts F1 from .90 to .93.
+It takes 150 steps. After an earlier config/shapes.py (AdamW, other captions), greedy CIDEr on test rose
+from 4.64 to 5.19, and facts F1 from .90 to .93.
 """
 
 objective = "scst"
