@@ -10,6 +10,7 @@ Needs the extras: pip install -r requirements-clip.txt
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import io
@@ -41,6 +42,7 @@ class BadImage(Exception):
 # Formats that Pillow decodes by itself: to open EPS, for one, it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 LARGEST = 1 << 28  # bytes of a file
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 HIDDEN = re.compile(r"\.|__MACOSX$")
 NARROWEST = 200  # longer : shorter side; resizing to CLIP's height multiplies the memory by it
 # Pillow's warnings would interrupt the progress bar; those that matter become a BadImage.
@@ -66,9 +68,9 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise BadImage(error.strerror) from None
     except OSError as error:
+        if error.errno in MISSING:
+            raise BadImage(error.strerror) from None
         raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
     if not data:
         raise BadImage("empty file")
@@ -214,6 +216,8 @@ class Encoder:
     """
 
     def __init__(self, name: str, features="pooled", grid: int = 0, device="cpu", text=False):
+        if not name:
+            raise UserError("clip: expected a model's name or folder, got nothing")
         folder, what = or_shipped(name), f"clip={name}"
         if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
             raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")

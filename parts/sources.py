@@ -807,8 +807,8 @@ def check(url: str, file: Path, archive: Path, checksum: str) -> None:
 def unpack(archive: Path, path: Path) -> None:
     """Unpack the file or folder `path.name` at the top of a zip to `path`, whole or not at all.
 
-    Raise UserError if it is not there or points outside. A broken zip is deleted, and its note, so
-    that the next run downloads it again.
+    Raise UserError if it is not there or points outside, or if the disk has no room. A broken zip
+    is deleted, and its note, so that the next run downloads it again.
     """
     temporary = path.with_name(path.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -816,10 +816,14 @@ def unpack(archive: Path, path: Path) -> None:
         with zipfile.ZipFile(archive) as content:
             members = [m for m in content.infolist() if m.filename.split("/")[0] == path.name]
             for member in members:
-                if ".." in member.filename.split("/"):
+                if ".." in member.filename.split("/") or "\\" in member.filename:
                     raise UserError(f"{archive}: member {member.filename} points outside")
             if not members:
                 raise UserError(f"{archive}: holds no {path.name}")
+            size = sum(member.file_size for member in members)
+            room = shutil.disk_usage(path.parent).free
+            if size > room:
+                raise UserError(f"{archive}: holds {size} bytes, the disk has room for {room}")
             for member in tqdm(members, desc=f"unpacking {path.name}", unit="file"):
                 content.extract(member, temporary)
         os.replace(temporary / path.name, path)

@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, finish, many, start
@@ -318,7 +319,7 @@ def test_prepare_fetches_what_is_missing_after_asking(here, clip, server, monkey
     prepare.main(Config(**options))  # all is there: nothing is asked
 
 
-def test_hostile_zips(here, server):
+def test_hostile_zips(here, server, monkeypatch):
     def fetch(files, name="photos"):
         Path("a.zip").write_bytes(files if isinstance(files, bytes) else zipped(files))
         sources.unpack(Path("a.zip"), Path("raw") / name)
@@ -326,8 +327,14 @@ def test_hostile_zips(here, server):
     Path("raw").mkdir()
     with pytest.raises(UserError, match=r"member photos/../../escape.txt points outside"):
         fetch({"photos/a.txt": b"", "photos/../../escape.txt": b""})
+    with pytest.raises(UserError, match=r"points outside"):
+        fetch({"photos/..\\escape.txt": b""})
     with pytest.raises(UserError, match="holds no photos"):
         fetch({"../photos/a": b"", "/photos/b": b""})
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4))
+        with pytest.raises(UserError, match="holds 5 bytes, the disk has room for 4"):
+            fetch({"photos/a": b"12345"})
     text = {"photos/a": b"hello world, " * 5000 + random.Random(0).randbytes(3000)}
     deflated, flipped = bytearray(zipped(text, zipfile.ZIP_DEFLATED)), bytearray(zipped(text))
     flipped[200] ^= 1

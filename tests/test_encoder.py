@@ -423,6 +423,13 @@ def test_files_that_cannot_be_opened(tmp_path):
         read_image(tmp_path / "none.jpg")
     with pytest.raises(BadImage, match="directory"):
         read_image(tmp_path)
+    with pytest.raises(BadImage, match="too long"):
+        read_image(tmp_path / ("long" * 100))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(BadImage, match="symbolic links"):
+        read_image(tmp_path / "loop")
+    with pytest.raises(UserError, match="clip: expected a model's name or folder"):
+        Encoder("")
 
 
 def readers() -> list[str]:
