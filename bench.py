@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from configurator import Config, configure, one_of, within
 from data import Order, Split
-from decode import Decoding, generate, load_captioner
+from decode import Decoding, default_max_len, generate, load_captioner
 from model import ClipLM, ModelConfig, loss_sum
 from parts.common import UserError, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
@@ -192,7 +192,7 @@ def decode(cfg: DecodeBench) -> dict:
     numbers = np.linspace(0, len(split) - 1, n).astype(np.int64)
     embeddings = split.embedding(numbers).to(device.torch_device)
     size = model.cfg
-    L = min(40, size.block_size - size.prefix_length)
+    L = default_max_len(size, 0)
     bandwidth = copied_per_second(device)
     about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype, "images": n}
     print(

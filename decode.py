@@ -98,6 +98,12 @@ def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
     return model.eval(), tokenizer, content
 
 
+def default_max_len(size: ModelConfig, longest: int) -> int:
+    """Return the tokens at which captions are cut without a max_len: those of the longest caption
+    in the data, or 40 if these are more, as far as the model has room."""
+    return min(max(40, longest), size.block_size - size.prefix_length)
+
+
 @torch.inference_mode()
 def generate(
     model: ClipLM, embeddings: Tensor, tokenizer: Tokenizer, cfg: Decoding, prompt: str = "",
@@ -123,7 +129,7 @@ def generate(
     if tokenizer.unk in prompt_ids:
         raise UserError(f"the prompt `{prompt}` contains characters the tokenizer has never seen")
     if cfg.max_len == 0:
-        cfg = replace(cfg, max_len=min(max(40, longest), room))
+        cfg = replace(cfg, max_len=default_max_len(model.cfg, longest))
     if cfg.max_len > room:
         raise UserError(f"max_len={cfg.max_len} exceeds the {room} tokens that block_size leaves")
     if len(prompt_ids) >= cfg.max_len:

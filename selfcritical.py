@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data import Order, Split, deal, pack_rows
-from decode import Caption, Decoding, generate
+from decode import Caption, Decoding, default_max_len, generate
 from metrics import VERSION, CiderD, tokenizer_for
 from model import ClipLM
 from parts.device import Device
@@ -42,8 +42,8 @@ class SelfCritical:
 
     def __init__(self, model: ClipLM, split: Split, cfg, device: Device):
         self.model, self.split, self.cfg, self.device = model, split, cfg, device
-        room = model.cfg.block_size - model.cfg.prefix_length
-        self.max_len = min(max(40, split.meta.longest_caption), room - 1)  # bos takes a position
+        room = model.cfg.block_size - model.cfg.prefix_length - 1  # bos takes a position
+        self.max_len = min(default_max_len(model.cfg, split.meta.longest_caption), room)
         _, references = split.references()
         split_text = tokenizer_for(references)
         self.cider = CiderD(references, end_token=True, tokenize=split_text)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configurator import Config, configure
 from data import Meta
-from decode import load_captioner
+from decode import default_max_len, load_captioner
 from metrics import VERSION
 from model import ClipLM
 from parts.common import UserError, or_shipped, run, sha256, write_text
@@ -46,7 +46,7 @@ def main(cfg: ExportConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give a new folder")
-    longest = min(max(40, meta.longest_caption), model.cfg.block_size - model.cfg.prefix_length)
+    longest = default_max_len(model.cfg, meta.longest_caption)
     if cfg.gpt2:
         write_gpt2(folder, model, tokenizer, longest)
         (folder / "prefix.safetensors").write_bytes(save(model.mapper.state_dict()))
