@@ -127,10 +127,7 @@ def gpu(cfg: GpuBench) -> dict:
         return fill(Path(cfg.readme), out)
     device = Device(cfg.device, cfg.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "hardware": bench.hardware(device),
-        "dtype": str(device.dtype).removeprefix("torch."),
-    }
+    about = {"hardware": bench.hardware(device), "dtype": dtype_of(device)}
     print(f"{about['hardware']}, {about['dtype']}", flush=True)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -306,15 +303,15 @@ def run(lab: Lab) -> dict:
     invent(lab.data, images, lab.size.vocab_size)
     changes = dict(max_iters=steps, eval_interval=steps, warmup_iters=steps // 10)
     changes |= dict(log_interval=max(1, steps // 20), eval_images=256)
-    compiled = settings(lab, compile=lab.device.type == "cuda", **changes)
-    scores = lab.attempt("train.py", lambda: train.main(Config(**compiled)))
+    cfg = Config(**settings(lab, compile=lab.device.type == "cuda", **changes))
+    scores = lab.attempt("train.py", lambda: train.main(cfg))
     if scores is None:  # what follows needs a checkpoint
-        compiled["compile"] = False
-        scores = train.main(Config(**compiled))
+        cfg = replace(cfg, compile=False)
+        scores = train.main(cfg)
     rows = [row for row in read_log(lab.folder / "run/log.jsonl") if "loss" in row]
     names = "ms_per_step captions_per_s mfu waiting".split()
     figures = {name: summary(row[name] for row in rows[2:]) for name in names}  # compiled by then
-    figures |= {"loss": rows[-1]["loss"], "scores": scores, "compiled": compiled["compile"]}
+    figures |= {"loss": rows[-1]["loss"], "scores": scores, "compiled": cfg.compile}
     print(f"  {show(figures['ms_per_step'])} ms per step, MFU {show(figures['mfu'], '.1%')}, "
           f"waiting for batches {show(figures['waiting'], '.1%')}")  # fmt: skip
     return figures
@@ -414,13 +411,12 @@ def fill(readme: Path, out: Path) -> dict:
     found = {row["section"]: row["result"] for row in rows if row["result"] is not None}
     about = rows[-1]
     lines = [f"Measured on {about['hardware']}, {about['dtype']}: `python bench.py gpu`.", ""]
-    if "run" in found:
-        run = found["run"]
-        compiled = "compiled" if run["compiled"] else "not compiled"
+    if own := found.get("run"):
+        how = "compiled" if own["compiled"] else "not compiled"
         lines += [
             f"`train.py` itself (12 layers, 768 wide, V = 8,192, P = 10, 256 images with five "
-            f"captions each, {compiled}): {run['captions_per_s']['median']:,.0f} captions/s, MFU "
-            f"{run['mfu']['median']:.0%}.",
+            f"captions each, {how}): {own['captions_per_s']['median']:,.0f} captions/s, MFU "
+            f"{own['mfu']['median']:.0%}.",
             "",
         ]
     cases = [*found.get("training", []), *found.get("grid", [])]
