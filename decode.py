@@ -170,7 +170,7 @@ def greedy_or_sample(
     for t in range(len(prompt), L):
         # -- choose each row's next token
         row = caption.flatten()  # (G * K,)
-        logp = torch.log_softmax(logits.float(), dim=-1)  # (G * K, V)
+        logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)  # (G * K, V)
         mask_forbidden(logp, written[row, :t], tokenizer, cfg)
         if uniform is None:
             token = logp.argmax(-1)
@@ -286,18 +286,17 @@ def beam_search(
         # -- extend every beam by every token, and keep the best 2K extensions
         G, K = total.shape
         V = logits.size(-1)
-        logp = torch.log_softmax(logits.float(), dim=-1)  # (G * K, V)
+        logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)  # (G * K, V)
         so_far = written[..., :t].flatten(0, 1)
         mask_forbidden(logp, so_far, tokenizer, cfg)
-        logp = logp.view(G, K * V)
-        extended = logp + total.repeat_interleave(V, dim=1)
-        total, index = extended.topk(min(2 * cfg.beams, K * V))  # (G, 2K)
+        extended = logp.view(G, K, V) + total[..., None]
+        total, index = extended.flatten(1).topk(min(2 * cfg.beams, K * V))  # (G, 2K)
         parent = index // V
         token = index % V
         written = select_beams(written, parent)
         logprobs = select_beams(logprobs, parent)
         written[..., t] = token
-        logprobs[..., t] = logp.gather(1, index)
+        logprobs[..., t] = logp.view(G, K * V).gather(1, index)
 
         # -- those of the first K that end, or are cut off at max_len, are finished
         ends = (token == tokenizer.eos) | (t + 1 == L)
@@ -314,13 +313,14 @@ def beam_search(
         keep = is_open.nonzero()[:, 0]
         if len(keep) == 0:
             break
-        image, total, index = image[keep], total[keep], index[keep]
-        written = select_beams(written[keep], index)
-        logprobs = select_beams(logprobs[keep], index)
-        row = keep[:, None] * K + parent[keep].gather(1, index)  # (G, K), of the batch before
-        cache = select_rows(cache, row.flatten())
         if len(keep) < G:
+            image, total, index = image[keep], total[keep], index[keep]
+            written, logprobs, parent = written[keep], logprobs[keep], parent[keep]
             prefix_kv = select_rows(prefix_kv, keep)
+        written = select_beams(written, index)
+        logprobs = select_beams(logprobs, index)
+        row = keep[:, None] * K + parent.gather(1, index)  # (G, K), of the batch before
+        cache = select_rows(cache, row.flatten())
         token = written[..., t].flatten()
         logits, cache = model.step(token, t + 1, prefix_kv, cache)
     return finished.captions(tokenizer, prompt)
@@ -375,16 +375,18 @@ def prefill_prompt(model, embeddings: Tensor, tokenizer, prompt: list[int], K: i
 def mask_forbidden(logits: Tensor, written: Tensor, tokenizer, cfg: Decoding) -> None:
     """Set logits (N, V) to -inf if the token may not follow `written`, (N, t) ids after bos."""
     t, n = written.size(1), cfg.no_repeat_ngram
-    logits[:, [tokenizer.pad, tokenizer.bos, tokenizer.unk]] = -math.inf
+    for special in (tokenizer.pad, tokenizer.bos, tokenizer.unk):
+        logits[:, special] = -math.inf
     if n and t >= n:
         ngrams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
         last = written[:, None, t - n + 1 :]  # (N, 1, n - 1): how the next n-gram begins
         is_repeated = (ngrams[..., :-1] == last).all(-1)
-        row, start = is_repeated.nonzero(as_tuple=True)
-        logits[row, ngrams[row, start, -1]] = -math.inf
+        infinite = torch.zeros_like(is_repeated, dtype=logits.dtype)
+        infinite.masked_fill_(is_repeated, -math.inf)
+        logits.scatter_add_(1, ngrams[..., -1], infinite)
     if t < cfg.min_len:
-        eos = torch.tensor(tokenizer.eos, device=logits.device)
-        others = logits.index_fill(1, eos, -math.inf)
+        others = logits.clone()
+        others[:, tokenizer.eos] = -math.inf
         can_only_end = others.amax(-1, keepdim=True) == -math.inf  # such a row may end
         logits.copy_(torch.where(can_only_end, logits, others))
 
@@ -398,7 +400,7 @@ def select_rows(pairs: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | 
 
 def select_beams(x: Tensor, index: Tensor) -> Tensor:
     """Return the beams at `index` (G, K') of each image of x (G, K, L)."""
-    return x.take_along_dim(index[..., None], dim=1)
+    return x.gather(1, index[..., None].expand(-1, -1, x.size(2)))
 
 
 def as_captions(written: Tensor, logprobs: Tensor, tokenizer, prompt: list[int]) -> list[Caption]:
