@@ -5,7 +5,8 @@
     tokenizer.decode(captions[i][0].ids)                # the best caption of image i
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
-per row. Finished captions leave the batch. An image's captions do not depend on its batch.
+per row. Finished captions leave the batch, except on a GPU, where a step takes as long without
+them (parts/graphs.py). An image's captions do not depend on its batch.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from configurator import ConfigError, from_dict, one_of, refuse, within
 from data import Meta, Tokenizer
 from model import ClipLM, KeyValue, ModelConfig
-from parts import checkpoint
+from parts import checkpoint, graphs
 from parts.common import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -136,6 +137,8 @@ def generate(
         raise UserError(
             f"the prompt has {len(prompt_ids)} tokens, max_len={cfg.max_len} leaves none"
         )
+    K = cfg.beams if cfg.method == "beam" else cfg.n_best
+    model = graphs.faster(model, embeddings, K, cfg.max_len)
     if cfg.method == "beam":
         return beam_search(model, embeddings, tokenizer, cfg, prompt_ids)
     uniform = None
@@ -159,6 +162,8 @@ def greedy_or_sample(
     device = embeddings.device
     B, n, L = len(embeddings), cfg.n_best, cfg.max_len
     N = B * n  # captions; row N below is a bin for the output of finished rows
+    stays = isinstance(model, graphs.GraphedDecoder)  # finished rows stay in the batch
+    has_ended = model.has_ended if stays else bool
     written = torch.full((N + 1, L), tokenizer.eos, device=device)
     written[:, : len(prompt)] = torch.tensor(prompt, device=device)
     logprobs = torch.zeros(N + 1, L, device=device)
@@ -181,13 +186,14 @@ def greedy_or_sample(
 
         # -- drop what is finished
         caption = caption.masked_fill(token.view_as(caption) == tokenizer.eos, N)
-        if t + 1 == L or bool((caption == N).all()):
+        if t + 1 == L or has_ended((caption == N).all()):
             break
-        images, rows, caption = compact(caption, N)
-        if rows is not None:
-            token, cache = token[rows], select_rows(cache, rows)
-        if images is not None:
-            prefix_kv = select_rows(prefix_kv, images)
+        if not stays:
+            images, rows, caption = compact(caption, N)
+            if rows is not None:
+                token, cache = token[rows], select_rows(cache, rows)
+            if images is not None:
+                prefix_kv = select_rows(prefix_kv, images)
         logits, cache = model.step(token, t + 1, prefix_kv, cache)
     captions = as_captions(written[:N], logprobs[:N], tokenizer, prompt)
     return [captions[i : i + n] for i in range(0, N, n)]
@@ -274,6 +280,7 @@ def beam_search(
     grows, so no score can exceed log p now divided by the largest divisor possible.
     """
     device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
+    stays = isinstance(model, graphs.GraphedDecoder)  # images that are done stay in the batch
     finished = Finished(B, n, L, tokenizer.eos, device)
     prefix_kv, logits, cache = prefill_prompt(model, embeddings, tokenizer, prompt, cfg.beams)
     image = torch.arange(B, device=device)  # (G,) the images that are not done
@@ -310,8 +317,14 @@ def beam_search(
         total, index = running.topk(min(cfg.beams, running.size(1)))
         largest_divisor = max(length**cfg.length_penalty, longest**cfg.length_penalty)
         is_open = total[:, 0] / largest_divisor > finished.score[image, -1]
-        keep = is_open.nonzero()[:, 0]
-        if len(keep) == 0:
+        if stays:
+            total = total.masked_fill(~is_open[:, None], -math.inf)  # nothing is added any more
+            keep = image
+            has_ended = t + 1 == L or model.has_ended(~is_open.any())
+        else:
+            keep = is_open.nonzero()[:, 0]
+            has_ended = len(keep) == 0
+        if has_ended:
             break
         if len(keep) < G:
             image, total, index = image[keep], total[keep], index[keep]
@@ -391,11 +404,11 @@ def mask_forbidden(logits: Tensor, written: Tensor, tokenizer, cfg: Decoding) ->
         logits.copy_(torch.where(can_only_end, logits, others))
 
 
-def select_rows(pairs: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | None:
+def select_rows(layers: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | None:
     """Return the given rows of each layer's keys and values."""
-    if pairs is None:
+    if layers is None:
         return None
-    return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
+    return [tuple(x.index_select(0, rows) for x in layer) for layer in layers]
 
 
 def select_beams(x: Tensor, index: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import Recomputing, as_gpt2, their_captions
 from decode import Decoding, generate, mask_forbidden, sample_token
 from model import ClipLM, ModelConfig
+from parts import graphs
 from parts.common import UserError
 
 PAD, BOS, EOS, UNK = range(4)
@@ -212,6 +214,100 @@ def test_work_follows_the_captions_still_written(method):
         assert rows == [16, *[n for n in longer if n]]
     assert rows[0] == 16 and rows[1] == 16 * n and rows[-1] < rows[1] / 2
     assert rows[1:] == sorted(rows[1:], reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a GPU repeats as a CUDA graph, here without the graph
+
+
+def fixed(model, B: int, cfg: Decoding) -> graphs.GraphedDecoder:
+    K = cfg.beams if cfg.method == "beam" else cfg.n_best
+    decoder = graphs.GraphedDecoder(model, B, K, cfg.max_len, graph=False)
+    decoder.load(model)
+    return decoder
+
+
+@each_strategy
+@pytest.mark.parametrize("prompt", ["", "5", "5 9 5"])
+@pytest.mark.parametrize("grid", [False, True], ids=["pooled", "grid"])
+def test_fixed_rows_decode_the_same(cfg, prompt, grid):
+    settings = dict(features="grid", n_positions=5, mapper="mlp", bias=True) if grid else {}
+    model = peaked(**settings)
+    decoder = fixed(model, 9, cfg)
+    for seed in (0, 1):  # nothing of the batch before is left
+        embeddings = images(9, seed, **settings)
+        wanted = generate(model, embeddings, IDS, cfg, prompt)
+        assert_same(generate(decoder, embeddings, IDS, cfg, prompt), wanted)
+
+
+@each_strategy
+def test_fixed_rows_take_the_weights_of_now(cfg):
+    """Those of before gave no numbers. What nothing sees counts 0 times, and 0 * nan is nan."""
+    model, embeddings = peaked(), images(6)
+    broken = peaked()
+    broken.transformer.wpe.weight.data.fill_(math.nan)
+    decoder = fixed(broken, 6, cfg)
+    with torch.inference_mode():
+        decoder.prefill(embeddings)
+        decoder.step(torch.full((6,), BOS), 0, None, None)
+    assert decoder.kv.isnan().any()
+    decoder.load(model)
+    found = generate(decoder, embeddings, IDS, cfg)
+    assert_same(found, generate(model, embeddings, IDS, cfg))
+
+
+def test_a_copy_has_the_precision_of_autocast():
+    model, embeddings, cfg = peaked(vocab_size=30).float(), images(12), Decoding(max_len=14)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder = fixed(model, 12, cfg)
+        found, wanted = (generate(m, embeddings, IDS, cfg) for m in (decoder, model))
+    kept = decoder.model.transformer
+    assert {kept.wte.weight.dtype, kept.ln_f.weight.dtype} == {torch.float}
+    assert {decoder.model.lm_head.weight.dtype, decoder.kv.dtype} == {torch.bfloat16}
+    same = [a.ids == b.ids for (a,), (b,) in zip(found, wanted, strict=True)]
+    assert sum(same) >= 10
+
+
+class CountsReads(TorchDispatchMode):
+    """Counts what makes a GPU's host wait: values that it reads, or that shapes depend on."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function._overloadpacket.__name__ in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@each_strategy
+def test_fixed_rows_read_one_flag_per_step(cfg):
+    """The flag of the step before, which a GPU has by then. Each read of a newer value, or a list
+    of ids as an index, would have the GPU wait for the host."""
+    steps = []
+    decoder = fixed(peaked(), 9, cfg)
+    decoder.run_step = lambda: (steps.append(1), decoder.decode())
+    with CountsReads() as count:
+        generate(decoder, images(9), IDS, cfg)
+    assert 0 < count.reads <= len(steps)
+
+
+def test_a_cpu_decodes_by_the_model_itself():
+    model = peaked()
+    assert graphs.faster(model, images(2), 1, 8) is model
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_strategy
+def test_a_graph_decodes_the_same(cfg, monkeypatch):
+    model, embeddings = peaked().cuda(), images(9).cuda()
+    found = [generate(model, embeddings, IDS, cfg) for _ in range(2)]
+    assert len(graphs.DECODERS[model]) == 1
+    monkeypatch.setattr(graphs, "MOST_ROWS", 0)
+    for each in found:
+        assert_same(each, generate(model, embeddings, IDS, cfg))
 
 
 # ---------------------------------------------------------------------------------------------
