@@ -180,8 +180,9 @@ class Device:
             )
         if compile is None:
             compile = self.type == "cuda" and has_compiler
-        if compile:
-            model = torch.compile(model, dynamic=True)
+        if compile:  # each block alone: the whole model in one graph takes minutes, or fails
+            for block in model.transformer.h:
+                block.compile(dynamic=True)
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model)
         return model
