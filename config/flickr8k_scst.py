@@ -3,14 +3,17 @@
     python train.py config/flickr8k.py config/flickr8k_scst.py
     python sample.py --ckpt out/flickr8k_scst/ckpt.pt --split val
 
-6,000 images are few: the reward on training images rises long after that of validation images has
-stopped, so ckpt.pt, the best of all evaluations, is what counts. Greedy CIDEr on validation went
-from .426 to .459 in 240 steps; with a learning rate of 1e-4 it went up and down (LOG.md).
+6,000 images are few. Without references among the samples, the reward on training images rises long
+after that of validation images has stopped, and captions grow alike. With them, greedy CIDEr on
+validation went from .446 to .477 in these 300 steps, and .82 of the captions stayed distinct (.84
+before). With config/flickr8k_grid.py between the two files and --init_from=out/flickr8k_grid/ckpt.pt,
+from .506 to .538. An H200 took a minute; LOG.md has what was compared.
 """
 
 objective = "scst"
 init_from = "out/flickr8k/ckpt.pt"
 scst_samples = 5
+scst_references = 0.1
 
 batch_size = 16
 max_iters = 300
