@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from parts.common import UserError, read_json, replacing, sha256
-from parts.encoder import extras
+from parts.common import UserError, extras, read_json, replacing, sha256
 
 FORMAT = 1
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -92,6 +93,16 @@ def run(main: Callable, *args) -> None:
         print(line, file=sys.stderr)
     if status:
         raise SystemExit(status)
+
+
+def extras(*packages: str) -> None:
+    """Raise UserError if a package is missing; by default one that an encoder needs."""
+    try:
+        for package in packages or ("PIL", "transformers"):  # the processor needs PIL
+            importlib.import_module(package)
+    except ImportError as error:
+        need = "pip install -r requirements-clip.txt"
+        raise UserError(f"{error.name} is missing: {need}") from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ Needs the extras: pip install -r requirements-clip.txt
 import contextlib
 import errno
 import hashlib
-import importlib
 import io
 import itertools
 import mimetypes
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parts.common import UserError, or_shipped, prefetch
+from parts.common import UserError, extras, or_shipped, prefetch
 
 # ---------------------------------------------------------------------------------------------
 # Reading image files
@@ -159,16 +158,6 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
 
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 TEXT_TOWERS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
-
-
-def extras(*packages: str) -> None:
-    """Raise UserError if a package is missing; by default one of those that an encoder needs."""
-    try:
-        for package in packages or ("PIL", "transformers"):  # the processor needs PIL
-            importlib.import_module(package)
-    except ImportError as error:
-        need = "pip install -r requirements-clip.txt"
-        raise UserError(f"{error.name} is missing: {need}") from None
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from data import Meta
 from decode import default_max_len, load_captioner
 from metrics import VERSION
 from model import ClipLM
-from parts.common import UserError, or_shipped, run, sha256, write_text
-from parts.encoder import TOWERS, extras
+from parts.common import UserError, extras, or_shipped, run, sha256, write_text
+from parts.encoder import TOWERS
 from parts.gpt2 import as_gpt2, save_tokenizer
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from parts.checkpoint import fill
-from parts.common import UserError, or_shipped
-from parts.encoder import extras, load_model, loading
+from parts.common import UserError, extras, or_shipped
+from parts.encoder import load_model, loading
 
 # ---------------------------------------------------------------------------------------------
 # The tokenizer
