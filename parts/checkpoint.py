@@ -18,6 +18,8 @@ import torch.nn as nn
 from parts.common import UserError, extras, read_json, replacing, sha256
 
 FORMAT = 1
+KINDS = {"model": dict, "model_config": dict, "meta": dict, "config": dict,
+         "tokenizer": torch.Tensor}  # fmt: skip
 
 
 @dataclass
@@ -100,7 +102,8 @@ def load(path: Path | str) -> dict:
             TypeError, AttributeError, OSError) as error:  # fmt: skip
         reason = str(error).split("\n")[0]
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    is_ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not is_ours or not all(isinstance(content.get(name), kind) for name, kind in KINDS.items()):
         raise UserError(f"{path} is not a nanoCaption checkpoint of format {FORMAT}")
     return content
 

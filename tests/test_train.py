@@ -449,6 +449,9 @@ def test_foreign_checkpoints_are_refused_and_nothing_runs(here):
     refused("damaged or not a checkpoint")
     torch.save([1, 2], bad)
     refused("not a nanoCaption checkpoint")
+    for name in ("model", "model_config", "meta", "config", "tokenizer"):
+        torch.save(content | {name: None}, bad)  # was a traceback
+        refused("not a nanoCaption checkpoint")
     torch.save(content | {"model_config": content["model_config"] | {"n_embd": 64}}, bad)
     refused("do not fit its settings")
     torch.save(content | {"tokenizer": content["tokenizer"][:50]}, bad)
