@@ -53,9 +53,11 @@ Splits = dict[str, list[Record]]
 def main(cfg: Config) -> None:
     device = Device(cfg.device, "float32")
     with device.owning(cfg.data_dir / "lock", f"prepare.py is writing {cfg.data_dir}/"):
+        if not cfg.embeddings:  # a missing one is found before hours of downloading
+            encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
         splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
         if not cfg.embeddings:
-            files, facts, encoding = encode(splits, cfg, device)
+            files, facts, encoding = encode(splits, encoder, cfg, device)
         elif device.is_first:
             files, facts, encoding = copy_embeddings(splits, cfg)
         if device.is_first:
@@ -77,8 +79,6 @@ def gather_inputs(cfg: Config) -> tuple[Splits, Tokenizer]:
         else:
             model = read_tokenizer(cfg.tokenizer)
         tokenizer = Tokenizer(model, cfg.lowercase, cfg.tokenizer)
-    if not cfg.embeddings:
-        clip.extras()
     sources.fetch(cfg)
     splits = sources.read(cfg, tokenizer)
     if not tokenizer:
@@ -219,12 +219,11 @@ def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
     return mark
 
 
-def encode(splits: Splits, cfg: Config, device: Device) -> tuple[dict, dict, dict]:
+def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict, dict, dict]:
     """Encode the images with CLIP, unless that is done, and drop the records of bad ones.
 
     Return, on rank 0, each split's file, the facts for meta.json, and what encoding.json is to say.
     """
-    encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
     P, D = encoder.n_positions, encoder.embedding_dim
     shapes = {split: (len(records), P, D) for split, records in splits.items()}
     folder = cfg.data_dir / "encoding"
