@@ -70,14 +70,13 @@ class Problems:
     """What is wrong with a source: all problems are counted, 20 of each sort are listed."""
 
     def __init__(self):
-        self.lines: dict[str, list[str]] = {}  # problem -> a line for each time, empty after 20
+        self.lines: dict[str, list[str]] = {}  # problem -> a line for each time
         self.count = 0  # of those that stop us
 
     def add(self, problem: str, where: str, detail: object = "", is_mended: bool = False) -> None:
         self.count += not is_mended
-        lines = self.lines.setdefault(problem, [])
         text = f"  {where}: {str(detail)[:80]}".removesuffix(": ")
-        lines.append(text if len(lines) < 20 else "")
+        self.lines.setdefault(problem, []).append(text)
 
     def stop(self, source: str) -> None:
         """List the problems on stderr and raise UserError, if there are any that are not mended."""
@@ -427,15 +426,12 @@ def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
 
 
 def json_object(where: str, text: str | bytes, problems: Problems) -> dict:
-    """Return the object that a text of JSON is; an empty one if it is none, which is a problem."""
-    try:
+    """Return the object that a JSON text is; an empty one if it is none, which is a problem."""
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problems.add("not JSON", where, error)
-        return {}
-    if isinstance(content, dict):
-        return content
-    problems.add("not a JSON object", where, content)
+        if isinstance(content, dict):
+            return content
+    problems.add("not a JSON object", where, text)
     return {}
 
 
@@ -704,15 +700,12 @@ def ask(missing: list[tuple], yes: bool) -> None:
 
 def is_needed(path: Path, cfg) -> bool:
     """Whether `path` does not exist, and the captions or images lie there."""
-    if path.exists():
-        return False
-    for split in SPLITS:
-        if Path(cfg.captions.replace("{split}", split)) == path:
-            return True
-        folder = cfg.images.replace("{split}", split)
-        if folder and not cfg.embeddings and path.is_relative_to(folder):
-            return True
-    return False
+    captions = [cfg.captions.replace("{split}", split) for split in SPLITS]
+    folders = [cfg.images.replace("{split}", split) for split in SPLITS]
+    if cfg.embeddings or not cfg.images:
+        folders = []
+    is_used = path in map(Path, captions) or any(map(path.is_relative_to, folders))
+    return is_used and not path.exists()
 
 
 def archive_name(url: str) -> str:
@@ -745,7 +738,8 @@ def download(url: str, archive: Path, checksum: str = "") -> None:
     """
     part = archive.with_name(archive.name + ".part")
     archive.parent.mkdir(parents=True, exist_ok=True)
-    size, failures = server_size(url), 0
+    size = server_size(url)
+    failures = 0
     while size == 0 or size_of(part) != size:
         before = size_of(part)
         problem = transfer(url, part, size)
@@ -770,7 +764,8 @@ def transfer(url: str, part: Path, size: int) -> str:
     # A curl that outlives a killed prepare.py keeps the lock on the part that it writes.
     options = {"stdout": subprocess.PIPE, "encoding": "latin-1", "close_fds": False}
     result = subprocess.run(command, **options)
-    status, error = result.stdout, result.returncode
+    status = result.stdout
+    error = result.returncode
     if error == 23:
         raise UserError(f"{part}: curl cannot write it: free some space, then rerun to resume")
     if error == 22 and status[0] == "4" and status not in ("408", "416", "429"):
@@ -791,17 +786,18 @@ def check(url: str, file: Path, archive: Path, checksum: str) -> None:
     note = Path(f"{archive}.json")
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "md5" if len(checksum) == 32 else "sha256")
-    found, expected, hint = digest.hexdigest(), checksum.lower(), AGAIN
+    found = digest.hexdigest()
+    expected = checksum.lower()
+    hint = AGAIN
     if not checksum:
-        known = read_json(note) if note.is_file() else {}
-        expected = known.get("sha256", found)
+        if not note.is_file():
+            size = file.stat().st_size
+            write_text(note, json.dumps({"url": url, "bytes": size, "sha256": found}))
+        expected = read_json(note).get("sha256")
         hint = f"deleted; delete {note} too to accept the new file"
     if found != expected:
         file.unlink()
         raise UserError(f"{url}: its checksum is not {expected}: {hint}")
-    if not checksum:
-        size = file.stat().st_size
-        write_text(note, json.dumps({"url": url, "bytes": size, "sha256": found}))
 
 
 def unpack(archive: Path, path: Path) -> None:

@@ -599,8 +599,7 @@ def test_splits_and_ids(here, capsys):
         "bad split name: 1\n  x.jsonl:5: ../../x",
         "bad caption (not text): 1\n  x.jsonl:5",
         "bad file name (not text): 1\n  x.jsonl:6", "bad caption (missing): 1\n  x.jsonl:7",
-        "bad id: 1\n  x.jsonl:7: 1.5", "not a JSON object: 1\n  x.jsonl:8",
-        "not JSON: 1\n  x.jsonl:9",
+        "bad id: 1\n  x.jsonl:7: 1.5", "not a JSON object: 2\n  x.jsonl:8", "  x.jsonl:9: {broken",
     ):  # fmt: skip
         assert expected in listed
 
@@ -690,7 +689,7 @@ def test_hostile_tars(here, capsys):
         "t/0.tar: member 1: /etc/escape.png", "text of more than 1 MiB: 1\n  t/0.tar: member 3",
         "captions without an image: 1\n  t/0.tar: member 4",
         "neither a plain file nor a folder: 1\n  t/0.tar: member 5: 2.png",
-        "not JSON: 1\n  t/1.tar: member 1",
+        "not a JSON object: 1\n  t/1.tar: member 1",
         "broken tar: 2\n  t/2.tar", "  t/3.tar",
     ):  # fmt: skip
         assert expected in listed
