@@ -13,6 +13,7 @@ name may point outside the images folder.
 
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
@@ -60,7 +61,7 @@ class Record:
     facts: list[str] | None = None  # what is true of a built-in scene
     place: tuple | None = None  # (path, offset, size) of an image in a tar shard
     bad: str = ""  # why its captions cannot be used
-    split: str = ""  # in the source: its image is in that split's folder
+    split: str | None = None  # in the source: its image is in that split's folder
 
 
 Row = tuple[str, Record]  # what a reader yields: file:line or the like, image
@@ -98,7 +99,10 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     if cfg.source == "shapes":
         return render_scenes(cfg)
     problems = Problems()
-    splits = gather(READERS[cfg.source](cfg, problems), cfg, problems, tokenizer)
+    gathering = Gathering(cfg, problems, tokenizer)
+    for where, row in read_rows(cfg, problems):
+        gathering.add(where, row)
+    splits = gathering.splits()
     problems.stop(cfg.captions)
     if not splits.get("train"):
         raise UserError(f"{cfg.captions}: no images in split `train`")
@@ -127,16 +131,15 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
 def check_captions(records: list[Record], split: str, cfg) -> None:
     """Mark images without captions as bad, unless a split to be captioned has only such images.
 
-    Raise UserError if train or val has no caption that can be used.
+    Raise UserError if a split has captions, or should, and none can be used.
     """
-    if split not in NEEDED and not any(record.captions for record in records):
-        for record in records:
-            record.bad = ""
-        return
+    is_captioned = split in NEEDED or any(record.captions for record in records)
     for record in records:
-        if not record.captions:
+        if not is_captioned:
+            record.bad = ""
+        elif not record.captions:
             record.bad = record.bad or "caption: missing"
-    if split in NEEDED and all(record.bad for record in records):
+    if all(record.bad for record in records):
         raise UserError(
             f"{cfg.captions}: none of the {len(records)} images of split `{split}` has a caption "
             f"that can be used; {records[0].file_name}: {records[0].bad}"
@@ -153,18 +156,11 @@ def render_scenes(cfg) -> dict[str, list[Record]]:
             )
     counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
     scenes = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
-    splits = {split: [Record(None, **scene) for scene in scenes[split]] for split in scenes}
-    number_images(splits)
-    return splits
-
-
-def number_images(splits: dict[str, list[Record]]) -> None:
-    """Count the images that have no ids, from 0 through all splits."""
-    numbers = itertools.count()
-    for records in splits.values():
-        for record in records:
-            if record.id is None:
-                record.id = next(numbers)
+    number = itertools.count()
+    return {
+        split: [Record(next(number), **scene, split=split) for scene in scenes[split]]
+        for split in scenes
+    }
 
 
 def locate(record: Record, cfg) -> tuple[str, int, int]:
@@ -191,45 +187,27 @@ def text_problem(text) -> str:
     return "" if any(c.isprintable() and c != " " for c in text) else "empty"
 
 
-def token_ids(tokens, tokenizer) -> list[int] | None:
+def token_ids(tokens: str | list, tokenizer) -> list[int] | None:
     """Return a caption's ids, from a list or from text such as `5 12 7` or `[5, 12, 7]`, without
     bos and eos. Return None if it is neither, or not all are the tokenizer's ordinary ids or unk.
     """
-    if isinstance(tokens, str):
-        try:
-            tokens = [int(word) for word in re.sub(r"[\[\],]", " ", tokens).split()]
-        except ValueError:
-            return None
-    if not isinstance(tokens, list):
-        return None
-    if tokens[:1] == [tokenizer.bos]:
-        tokens = tokens[1:]
-    if tokens[-1:] == [tokenizer.eos]:
-        tokens = tokens[:-1]
     special = {tokenizer.pad, tokenizer.bos, tokenizer.eos} - {tokenizer.unk}
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < len(tokenizer) or token in special:
-            return None
-    return tokens or None
-
-
-def gather(rows: Iterator[Row], cfg, problems: Problems, tokenizer=None) -> dict:
-    """Return the records of each split, made of the rows; what is wrong goes to `problems`."""
-    gathering = Gathering(cfg, problems, tokenizer)
-    for where, row in rows:
-        gathering.add(where, row)
-    splits: dict[str, list[Record]] = {}
-    for records in gathering.records.values():
-        for record in records.values():
-            splits.setdefault(record.split, []).append(record)
-    number_images(splits)
-    return splits
+    try:
+        ids = [int(word) for word in re.sub(r"[\[\],]", " ", str(tokens)).split()]
+    except ValueError:
+        return None
+    if ids[:1] == [tokenizer.bos]:
+        ids = ids[1:]
+    if ids[-1:] == [tokenizer.eos]:
+        ids = ids[:-1]
+    is_good = all(0 <= i < len(tokenizer) and i not in special for i in ids)
+    return ids if ids and is_good else None
 
 
 class Gathering:
-    """The records, while rows are added to them."""
+    """The records, made of the rows that readers yield; what is wrong goes to `problems`."""
 
-    def __init__(self, cfg, problems: Problems, tokenizer):
+    def __init__(self, cfg, problems: Problems, tokenizer=None):
         self.cfg = cfg
         self.problems = problems
         self.tokenizer = tokenizer
@@ -237,6 +215,17 @@ class Gathering:
         self.records: dict[str, dict] = defaultdict(dict)  # folder -> name within it -> record
         self.ids: dict[tuple, set] = defaultdict(set)  # (split, images or captions) -> their ids
         self.given: dict[str, bool] = {}  # whether the first row has ids, or tokens
+
+    def splits(self) -> dict[str, list[Record]]:
+        """Return the records of each split. Those without ids are numbered through all splits."""
+        splits: dict[str, list[Record]] = {}
+        for record in itertools.chain(*(records.values() for records in self.records.values())):
+            splits.setdefault(record.split, []).append(record)
+        number = itertools.count()
+        for record in itertools.chain(*splits.values()):
+            if record.id is None:
+                record.id = next(number)
+        return splits
 
     def add(self, where: str, row: Record) -> None:
         """Check a row, and make it its image's record, or add its captions to that."""
@@ -252,45 +241,44 @@ class Gathering:
         if not record:
             return
         self.check_extras(where, row)
-        if record.split != row.split:
-            self.problems.add("image in two splits", where, row.file_name)
-            record = row
         if record is row:
             file = locate(row, self.cfg)[0]
             if not row.place and not self.cfg.embeddings and not os.path.isfile(file):
                 self.problems.add("no such image", where, file)
-            self.check_id(where, row.split, "images", row.id)
-            return
-        if self.cfg.source not in SEVERAL_ROWS:
+        elif record.split != row.split:
+            self.problems.add("image in two splits", where, row.file_name)
+        elif self.cfg.source not in SEVERAL_ROWS:
             self.problems.add("image listed twice", where, row.file_name)
         elif row.id not in (None, record.id):
             self.problems.add("image with two ids", where, f"{row.file_name}: {row.id}")
-        record.captions += row.captions
-        if row.tokens:
-            record.tokens = (record.tokens or []) + row.tokens
+        if record is row or record.split != row.split:
+            self.check_id(where, row.split, "images", row.id)
+        else:
+            record.captions += row.captions
+            record.tokens = (record.tokens or []) + (row.tokens or []) or None
 
     def record_of(self, where: str, row: Record) -> Record | None:
         """Return the record of a row's image: the row itself, if it is the first. Return None if
         the names of split or image cannot be used."""
-        split = row.split
-        name = row.file_name
-        if not (isinstance(split, str) and SPLIT_NAME.fullmatch(split)):
-            self.problems.add("bad split name", where, split)
+        if not (isinstance(row.split, str) and SPLIT_NAME.fullmatch(row.split)):
+            self.problems.add("bad split name", where, row.split)
             return None
+        name = row.file_name
         if fault := text_problem(name):
             self.problems.add(f"bad file name ({fault})", where)
             return None
-        if split not in self.folders:
-            self.folders[split] = os.path.join(os.path.abspath(images_folder(self.cfg, split)), "")
-        folder = self.folders[split]
+        if row.split not in self.folders:
+            folder = os.path.abspath(images_folder(self.cfg, row.split))
+            self.folders[row.split] = os.path.join(folder, "")
+        folder = self.folders[row.split]
         path = os.path.abspath(os.path.join(folder, name))
         if not path.startswith(folder):
             problem = "file name outside the images folder"
             if os.path.isabs(name):  # as the other rows' names are, most likely
-                hint = f"names are relative to {folder}; --images=/ takes absolute ones"
-                self.problems.add(f"{problem} ({hint})", where, name)
-                self.problems.stop(self.cfg.captions)
+                problem += f" (names are relative to {folder}; --images=/ takes absolute ones)"
             self.problems.add(problem, where, name)
+            if os.path.isabs(name):
+                self.problems.stop(self.cfg.captions)
             return None
         path = path.removeprefix(folder)
         if path == name:
@@ -298,7 +286,7 @@ class Gathering:
         return self.records[folder].setdefault(path, row)
 
     def check_extras(self, where: str, row: Record) -> None:
-        """Check a row's caption ids and tokens; make tokens lists of ids."""
+        """Check the ids and tokens of a row's captions; make tokens lists of ids."""
         if not row.captions:
             row.tokens = None
             return
@@ -338,7 +326,20 @@ class Gathering:
 
 
 # ---------------------------------------------------------------------------------------------
-# Readers, one per format: each yields Rows, several per image in some, and adds to the problems
+# Readers, one per format: each yields the Rows of a file, several per image in some, and adds to
+# the problems
+
+
+def read_rows(cfg, problems: Problems) -> Iterator[Row]:
+    """Yield the rows of all caption files. A row that names no split is of its file's."""
+    reader = READERS[cfg.source]
+    if cfg.source == "shards":
+        reader = functools.partial(read_shards, captions=cfg.captions)
+    for split, path in caption_files(cfg):
+        for where, record in reader(path, problems):
+            if record.split is None:
+                record.split = split
+            yield where, record
 
 
 def caption_files(cfg) -> list[tuple[str, str]]:
@@ -357,82 +358,81 @@ def open_text(path: str):
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-# Columns of a CSV, and keys of a JSON line; file_name and text are Hugging Face's.
-COLUMNS = ("image", "file_name", "caption", "text", "id", "split", "tokens")
+def columns_of(names: list[str], where: str) -> tuple[str, str]:
+    """Return which column of a CSV, or key of a JSON line, has the image and which the caption.
 
-
-def check_columns(names: list[str], where: str) -> None:
-    """Raise UserError unless image and caption are among the names, and none is there twice."""
-    names = [name.replace("captions", "caption") for name in names]
-    for name in COLUMNS:
-        if names.count(name) > 1:
-            raise UserError(f"{where}: {name} is there twice: rename one")
-    if not {"image", "file_name"} & set(names) or not {"caption", "text"} & set(names):
+    file_name and text are Hugging Face's. Raise UserError if there is none, or if one that is read
+    is there twice.
+    """
+    image = [name for name in ("image", "file_name") if name in names]
+    caption = [name for name in ("caption", "captions", "text") if name in names]
+    if not image or not caption:
         got = ",".join(names)[:60]
         raise UserError(f"{where}: expected a header or keys with image,caption, got `{got}`")
+    for name in (image[0], caption[0], "id", "split", "tokens"):
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {name} is there twice: rename one")
+    return image[0], caption[0]
 
 
-def row_of(entry: dict, split: str, where: str) -> Row:
-    """Return the Row of a CSV's or JSONL's line, with as many `tokens` as `captions`."""
-    name = entry.get("image", entry.get("file_name"))
-    captions = entry.get("captions", entry.get("caption", entry.get("text")))
+def row_of(entry: dict, columns: tuple[str, str]) -> Record:
+    """Return the image of a CSV's or JSONL's line, with as many `tokens` as `captions`."""
+    name, captions = (entry[column] for column in columns)
     tokens = entry.get("tokens")
     if tokens is not None and not (isinstance(captions, list) and isinstance(tokens, list)):
         tokens = [tokens]
     if not isinstance(captions, list):
         captions = [captions]
-    split = entry.get("split", split)
-    return where, Record(entry.get("id"), name, captions, tokens=tokens, split=split)
+    return Record(entry.get("id"), name, captions, tokens=tokens, split=entry.get("split"))
 
 
-def read_csv(cfg, problems: Problems) -> Iterator[Row]:
+def read_csv(path: str, problems: Problems) -> Iterator[Row]:
     """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
-    for split, path in caption_files(cfg):
-        with open_text(path) as file:
-            reader = csv.reader(file, strict=True)
-            header: list[str] = []
-            cells: list[str] | None = []
-            while cells is not None:
-                where = f"{path}:{reader.line_num + 1}"
-                try:
-                    cells = next(reader, None)
-                except csv.Error as error:
-                    problems.add("malformed CSV", where, error)
-                    continue
-                if not cells:  # an empty line, or the end
-                    continue
-                if not header:
-                    header = [name.strip().lower() for name in cells]
-                    check_columns(header, where)
-                elif len(cells) != len(header):
-                    detail = f"{len(cells)} for {len(header)} columns (a comma without quotes?)"
-                    problems.add("wrong number of cells", where, detail)
-                else:
-                    entry: dict = dict(zip(header, cells, strict=True))
-                    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", entry.get("id", "")):
-                        entry["id"] = int(entry["id"])
-                    yield row_of(entry, split, where)
+    with open_text(path) as file:
+        reader = csv.reader(file, strict=True)
+        header: list[str] = []
+        cells: list[str] | None = []
+        while cells is not None:
+            where = f"{path}:{reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                problems.add("malformed CSV", where, error)
+                continue
+            if not cells:  # an empty line, or the end
+                continue
+            if not header:
+                header = [name.strip().lower() for name in cells]
+                columns = columns_of(header, where)
+            elif len(cells) != len(header):
+                detail = f"{len(cells)} for {len(header)} columns (a comma without quotes?)"
+                problems.add("wrong number of cells", where, detail)
+            else:
+                entry: dict = dict(zip(header, cells, strict=True))
+                if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", entry.get("id", "")):
+                    entry["id"] = int(entry["id"])
+                yield where, row_of(entry, columns)
 
 
-def read_jsonl(cfg, problems: Problems) -> Iterator[Row]:
+def read_jsonl(path: str, problems: Problems) -> Iterator[Row]:
     """One JSON object per line: image, caption or captions, optionally id, split and tokens."""
-    for split, path in caption_files(cfg):
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                if line.strip() and (entry := json_object(where, line, problems)):
-                    check_columns(list(entry), where)
-                    yield row_of(entry, split, where)
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if line.strip() and (entry := json_object(where, line, problems)) is not None:
+                if {"caption", "captions"} <= entry.keys():
+                    raise UserError(f"{where}: caption and captions are both there: rename one")
+                yield where, row_of(entry, columns_of(list(entry), where))
 
 
-def json_object(where: str, text: str | bytes, problems: Problems) -> dict:
-    """Return the object that a JSON text is; an empty one if it is none, which is a problem."""
+def json_object(where: str, text: str | bytes, problems: Problems) -> dict | None:
+    """Return the object that a JSON text is; None if it is none, which is a problem."""
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text)
         if isinstance(content, dict):
             return content
     problems.add("not a JSON object", where, text)
-    return {}
+    return None
 
 
 # Headers of Flickr8k's captions.txt and of Flickr30k's captions.txt and results.csv.
@@ -443,40 +443,37 @@ UNPUBLISHED = re.compile(r".+\.jpg\.[0-9]")
 NO_BAR = re.compile(r" *[0-9]+ +(.+)")
 
 
-def read_flickr(cfg, problems: Problems) -> Iterator[Row]:
+def read_flickr(path: str, problems: Problems) -> Iterator[Row]:
     """Flickr8k's and Flickr30k's lines: `name#number<tab>caption`, `name,caption`, or if the
     header says so `name,number,caption` or `name| number| caption`."""
-    for split, path in caption_files(cfg):
-        bar = ","
-        is_numbered = False
-        with open_text(path) as file:
-            for number, line in enumerate(map(str.strip, file), 1):
-                where = f"{path}:{number}"
-                if number == 1 and (header := FLICKR_HEADER.fullmatch(line)):
-                    bar = header[2]
-                    is_numbered = bool(header[3])
+    bar = ","
+    is_numbered = False
+    with open_text(path) as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            where = f"{path}:{number}"
+            name, found, caption = line.partition("\t" if "\t" in line else bar)
+            if number == 1 and (header := FLICKR_HEADER.fullmatch(line)):
+                bar = header[2]
+                is_numbered = bool(header[3])
+                continue
+            if found == "\t":
+                name = name.rpartition("#")[0] or name
+                if UNPUBLISHED.fullmatch(name):
+                    problems.add("left out, of an image never published", where, line, True)
                     continue
-                if not line:
-                    continue
-                name, found, caption = line.partition(bar)
-                if "\t" in line:
-                    name, found, caption = line.partition("\t")
-                    name = name.rpartition("#")[0] or name
-                    if UNPUBLISHED.fullmatch(name):
-                        problems.add("left out, of an image never published", where, line, True)
-                        continue
-                elif is_numbered and bar in caption:
-                    caption = caption.partition(bar)[2]
-                elif is_numbered and (match := NO_BAR.fullmatch(caption)):
-                    problems.add(f"`{bar}` put after a number", where, line, True)
-                    caption = match[1]
-                elif is_numbered or not found:
-                    problems.add("neither a tab nor the header's columns", where, line)
-                    continue
-                caption = caption.strip()
-                if found == "," and caption[:1] == caption[-1:] == '"':
-                    caption = caption[1:-1].replace('""', '"')
-                yield where, Record(None, name, [caption], split=split)
+            elif is_numbered and bar in caption:
+                caption = caption.partition(bar)[2]
+            elif is_numbered and (match := NO_BAR.fullmatch(caption)):
+                problems.add(f"`{bar}` put after a number", where, line, True)
+                caption = match[1]
+            elif line and (is_numbered or not found):
+                problems.add("neither a tab nor the header's columns", where, line)
+                continue
+            caption = caption.strip()
+            if found == "," and caption[:1] == caption[-1:] == '"':
+                caption = caption[1:-1].replace('""', '"')
+            if line:
+                yield where, Record(None, name, [caption])
 
 
 def entries(content, name: str, path: str, problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -490,74 +487,69 @@ def entries(content, name: str, path: str, problems: Problems) -> Iterator[tuple
             problems.add("not a JSON object", f"{path}: {name}[{i}]", entry)
 
 
-def read_karpathy(cfg, problems: Problems) -> Iterator[Row]:
+def read_karpathy(path: str, problems: Problems) -> Iterator[Row]:
     """Karpathy's JSON of COCO, Flickr8k or Flickr30k (2015); `restval` joins train."""
-    for _, path in caption_files(cfg):
-        for where, image in entries(read_json(path), "images", path, problems):
-            try:
-                captions = [sentence.get("raw") for sentence in image["sentences"]]
-                caption_ids = [sentence.get("sentid") for sentence in image["sentences"]]
-            except (KeyError, TypeError, AttributeError):
-                problems.add("no list of `sentences`", where)
-                continue
-            name = image.get("filename")
-            if name and image.get("filepath"):
-                name = f"{image['filepath']}/{name}"
-            split = image.get("split")
-            if split == "restval":
-                split = "train"
-            image_id = image.get("cocoid", image.get("imgid"))
-            yield where, Record(image_id, name, captions, caption_ids, split=split)
+    for where, image in entries(read_json(path), "images", path, problems):
+        try:
+            captions = [sentence.get("raw") for sentence in image["sentences"]]
+            caption_ids = [sentence.get("sentid") for sentence in image["sentences"]]
+        except (KeyError, TypeError, AttributeError):
+            problems.add("no list of `sentences`", where)
+            continue
+        name = image.get("filename")
+        if name and image.get("filepath"):
+            name = f"{image['filepath']}/{name}"
+        split = image.get("split", "")
+        if split == "restval":
+            split = "train"
+        image_id = image.get("cocoid", image.get("imgid"))
+        yield where, Record(image_id, name, captions, caption_ids, split=split)
 
 
-def read_coco(cfg, problems: Problems) -> Iterator[Row]:
+def read_coco(path: str, problems: Problems) -> Iterator[Row]:
     """COCO's caption annotations, one file per split; those of test images have none."""
-    for split, path in caption_files(cfg):
-        content = read_json(path)
-        if isinstance(content, dict):
-            content["annotations"] = content.get("annotations") or []
-        annotations = defaultdict(list)  # image id, as text because JSON may hold anything -> its
-        for where, annotation in entries(content, "annotations", path, problems):
-            annotations[repr(annotation.get("image_id"))].append((where, annotation))
-        for where, image in entries(content, "images", path, problems):
-            own = annotations.pop(repr(image.get("id", "")), [])
-            captions = [annotation.get("caption") for _, annotation in own]
-            caption_ids = [annotation.get("id") for _, annotation in own]
-            name = image.get("file_name")
-            yield where, Record(image.get("id"), name, captions, caption_ids, split=split)
-        for where, annotation in itertools.chain(*annotations.values()):
-            image_id = annotation.get("image_id")
-            problems.add("caption of an image that is not listed", where, f"image_id {image_id}")
+    content = read_json(path)
+    if isinstance(content, dict):
+        content["annotations"] = content.get("annotations") or []
+    annotations = defaultdict(list)  # image id, as text because JSON may hold anything -> its
+    for where, annotation in entries(content, "annotations", path, problems):
+        annotations[repr(annotation.get("image_id"))].append((where, annotation))
+    for where, image in entries(content, "images", path, problems):
+        own = annotations.pop(repr(image.get("id", "")), [])
+        captions = [annotation.get("caption") for _, annotation in own]
+        caption_ids = [annotation.get("id") for _, annotation in own]
+        yield where, Record(image.get("id"), image.get("file_name"), captions, caption_ids)
+    for where, annotation in itertools.chain(*annotations.values()):
+        image_id = annotation.get("image_id")
+        problems.add("caption of an image that is not listed", where, f"image_id {image_id}")
 
 
-def read_shards(cfg, problems: Problems) -> Iterator[Row]:
+def read_shards(pattern: str, problems: Problems, captions: str) -> Iterator[Row]:
     """Tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json's "caption".
 
-    `captions` is a folder of .tar files, or a glob pattern. Nothing is unpacked: images are read
-    in place, from the tar. Members of other types are ignored. An image's id is its KEY, or if keys
-    begin anew in each tar, TAR/KEY.
+    `pattern` is a folder of .tar files, or a glob pattern; `captions` is the setting that it comes
+    from. Nothing is unpacked: images are read in place, from the tar. Members of other types are
+    ignored. An image's id is its KEY, or if keys begin anew in each tar, TAR/KEY.
     """
-    root = re.match(r"[^*?\[{]*/|", cfg.captions)[0]  # names are relative to the fixed part
-    for split, pattern in caption_files(cfg):
-        if os.path.isdir(pattern):
-            if "{" not in cfg.captions:
-                root = os.path.join(pattern, "")
-            pattern = os.path.join(glob.escape(pattern), "*.tar")
-        paths = sorted(glob.glob(pattern))
-        if not paths:
-            raise UserError(f"{pattern}: no .tar files")
-        rows = []  # (TAR, where, record)
-        for path in paths:
-            name = path[len(root) :]
-            for where, record in read_shard(path, problems):
-                record.split = split
-                record.file_name = f"{name}/{record.file_name}"
-                rows.append((name.removesuffix(".tar"), where, record))
-        is_repeated = len({record.id for _, _, record in rows}) < len(rows)
-        for name, where, record in rows:
-            if is_repeated:
-                record.id = f"{name}/{record.id}"
-            yield where, record
+    root = re.match(r"[^*?\[{]*/|", captions)[0]  # names are relative to the fixed part
+    if os.path.isdir(pattern):
+        if "{" not in captions:
+            root = os.path.join(pattern, "")
+        pattern = os.path.join(glob.escape(pattern), "*.tar")
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise UserError(f"{pattern}: no .tar files")
+    rows = []  # (tar's name, where, record)
+    for path in paths:
+        name = path.removeprefix(root)
+        for where, record in read_shard(path, problems):
+            record.file_name = f"{name}/{record.file_name}"
+            rows.append((name, where, record))
+    is_repeated = len({record.id for _, _, record in rows}) < len(rows)
+    for name, where, record in rows:
+        if is_repeated:
+            record.id = f"{name.removesuffix('.tar')}/{record.id}"
+        yield where, record
 
 
 def read_shard(path: str, problems: Problems) -> Iterator[Row]:
@@ -578,20 +570,21 @@ def read_shard(path: str, problems: Problems) -> Iterator[Row]:
             caption = sample[".txt"][2].decode("utf-8-sig", "surrogateescape")
         elif ".json" in sample:
             where, _, text = sample[".json"]
-            caption = json_object(where, text, problems).get("caption")
-        if "image" in sample:
-            member = sample["image"][1]
-            record = Record(key, member.name, [caption])
-            record.place = (path, member.offset_data, member.size)
-            others = " ".join(sorted(sample.keys() - {"image"}))
-            if caption is None:
-                record.captions = []
-            if caption is None and others:
-                expected = "KEY.txt or `caption` in KEY.json"
-                record.bad = f"caption: missing (expected {expected}, found {others})"
-            yield first, record
-        elif ".txt" in sample or ".json" in sample:
-            problems.add("captions without an image", first, key)
+            caption = (json_object(where, text, problems) or {}).get("caption")
+        if "image" not in sample:
+            if ".txt" in sample or ".json" in sample:
+                problems.add("captions without an image", first, key)
+            continue
+        member = sample["image"][1]
+        record = Record(key, member.name, [caption])
+        record.place = (path, member.offset_data, member.size)
+        others = " ".join(sorted(sample.keys() - {"image"}))
+        if caption is None:
+            record.captions = []
+        if caption is None and others:
+            expected = "KEY.txt or `caption` in KEY.json"
+            record.bad = f"caption: missing (expected {expected}, found {others})"
+        yield first, record
 
 
 def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
@@ -654,17 +647,26 @@ def fetch(cfg) -> None:
 
     Raise UserError if that cannot be done. What has arrived stays, and the next run resumes.
     """
+    captions = [Path(cfg.captions.replace("{split}", split)) for split in SPLITS]
+    folders = [images_folder(cfg, split) for split in SPLITS]
     missing = []
     for entry in filter(str.strip, cfg.downloads):
-        url, path, checksum = [*entry.split(), "", ""][:3]
-        path = os.path.expanduser(path)
-        if not url.startswith(("http://", "https://")) or not path:
+        url, name, checksum = [*entry.split(), "", ""][:3]
+        path = Path(os.path.expanduser(name))
+        if not url.startswith(("http://", "https://")) or not name:
             raise UserError(f"downloads: expected `URL PATH [CHECKSUM]`, got `{entry.strip()}`")
-        if is_needed(Path(path), cfg):
-            missing.append((url, Path(path), checksum))
+        has_images = not cfg.embeddings and any(map(path.is_relative_to, folders))
+        if not path.exists() and (has_images or path in captions):
+            missing.append((url, path, checksum))
     if missing:
         ask(missing, cfg.yes)
-    archives = [path.parent / archive_name(url) for url, path, _ in missing]
+    archives = []
+    for url, path, _ in missing:
+        plain, query, _ = url.partition("?")
+        name = plain.rstrip("/").rpartition("/")[2]
+        if query:  # which may be all that distinguishes two archives
+            name += f"-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+        archives.append(path.parent / name)
     for i, ((url, path, checksum), archive) in enumerate(zip(missing, archives, strict=True)):
         lock = archive.with_name(f"{archive.name}.lock")
         with owning(lock, f"prepare.py is downloading {archive}"):
@@ -696,23 +698,6 @@ def ask(missing: list[tuple], yes: bool) -> None:
         answer = input("download? [y/N] ")
     if answer.strip().lower() not in ("y", "yes"):
         raise UserError("nothing was downloaded")
-
-
-def is_needed(path: Path, cfg) -> bool:
-    """Whether `path` does not exist, and the captions or images lie there."""
-    captions = [cfg.captions.replace("{split}", split) for split in SPLITS]
-    folders = [cfg.images.replace("{split}", split) for split in SPLITS]
-    if cfg.embeddings or not cfg.images:
-        folders = []
-    is_used = path in map(Path, captions) or any(map(path.is_relative_to, folders))
-    return is_used and not path.exists()
-
-
-def archive_name(url: str) -> str:
-    """Return the file name for a URL: its last part, made distinct if it has a query."""
-    plain, query, _ = url.partition("?")
-    name = plain.rstrip("/").rpartition("/")[2]
-    return f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}" if query else name
 
 
 def size_of(path: Path) -> int:

@@ -724,7 +724,7 @@ def test_keys_of_a_tar_may_have_dots_and_folders(here, capsys):
     shard_of("s.tar", {f"{n}.{k}": n.encode() for n in names for k in ("PNG", "txt")})
     problems = sources.Problems()
     cfg = Config(dataset="d", source="shards", captions="s.tar")
-    records = [record for _, record in sources.read_shards(cfg, problems)]
+    records = [record for _, record in sources.read_rows(cfg, problems)]
     assert [(record.id, record.captions) for record in records] == [
         ("dog.v2", ["dog.v2"]), ("x/0", ["x/0"]), ("y/0", ["y/0"]), ("z", ["./z"])
     ]  # fmt: skip
@@ -747,6 +747,22 @@ def test_one_file_with_two_names_is_one_image(here, capsys):
     }  # fmt: skip
 
 
+def test_columns_that_are_not_read_may_be_there_twice(here):
+    """A CSV with both `caption` and `captions`, or with a repeated column that is ignored, was
+    refused. `caption` is the documented one."""
+    names = [f"{i}.jpg" for i in range(4)]
+    for header, row in (
+        ("image,caption,captions", "{},a dog,\"['a dog', 'dogs']\""),
+        ("image,captions,caption", "{},other,a dog"),
+        ("image,caption,text,text,file_name,file_name", "{},a dog,x,y,z,z"),
+        ("image,caption,url,url", "{},a dog,x,y"), ("image,captions", "{},a dog"),
+    ):  # fmt: skip
+        Path("x.csv").write_text("\n".join([header, *map(row.format, names)]))
+        splits = sources.read(own(names, source="csv", captions="x.csv", val_images=1))
+        found = {r.file_name: r.captions for records in splits.values() for r in records}
+        assert found == {name: ["a dog"] for name in names}, header
+
+
 def test_nothing_is_dropped_if_columns_repeat_or_ids_are_partial(here, capsys):
     photos(here / "photos", ["a.png", "b.png"])
     Path("x.csv").write_text("image,caption,caption\na.png,one,two\n")
@@ -754,7 +770,10 @@ def test_nothing_is_dropped_if_columns_repeat_or_ids_are_partial(here, capsys):
     assert error == "x.csv:1: caption is there twice: rename one"
     Path("x.jsonl").write_text('{"image": "a.png", "caption": "one", "captions": ["two"]}')
     _, error = problems_of(capsys, source="jsonl", captions="x.jsonl")
-    assert error == "x.jsonl:1: caption is there twice: rename one"
+    assert error == "x.jsonl:1: caption and captions are both there: rename one"
+    Path("x.jsonl").write_text('{"image": "a.png", "caption": "one"}\n{}\n')
+    _, error = problems_of(capsys, source="jsonl", captions="x.jsonl")
+    assert error.startswith("x.jsonl:2: expected a header or keys with image,caption")
     sentences = {"a": {"raw": "x"}, "b": {"raw": "y", "sentid": 0}}
     images = [{"filename": f"{n}.png", "split": "train", "imgid": n, "sentences": [sentence]}
               for n, sentence in sentences.items()]  # fmt: skip
@@ -786,7 +805,10 @@ def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
             dataset="d", source=source, captions=f"{folder}/x.{source}", images=str(folder)
         )
         problems = sources.Problems()
-        splits = sources.gather(sources.READERS[source](cfg, problems), cfg, problems)
+        gathering = sources.Gathering(cfg, problems)
+        for where, row in sources.read_rows(cfg, problems):
+            gathering.add(where, row)
+        splits = gathering.splits()
         assert bool(problems.lines) != usable
         if usable:
             assert {r.file_name: r.captions for r in splits["train"]} == expected
