@@ -14,7 +14,6 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -330,20 +329,17 @@ def stated_facts(text: str) -> set[str]:
     return facts
 
 
-def by_kind(facts: Iterable[str]) -> dict[str, set[str]]:
-    """Return the facts of each kind. That a shape is there, which others imply, is one as well."""
-    kinds: dict[str, set[str]] = {kind: set() for kind in VALUES}
-    for fact in facts:
-        subject, _, value = fact.partition(": ")
-        if not value:
-            kinds["relation"].add(fact)
-        elif subject == "background":
-            kinds["background"].add(fact)
-        else:
-            kinds["shape"].add(subject)
-            kind = next(kind for kind, values in VALUES.items() if value in map(str, values))
-            kinds[kind].add(fact)
-    return kinds
+KIND_OF = {str(value): kind for kind, values in VALUES.items() for value in values}
+
+
+def of_kind(facts: set[str], kind: str) -> set[str]:
+    """Return the facts of one kind. That a shape is there, which others imply, is one as well."""
+    pairs = [(fact, *fact.split(": ")) for fact in facts if ": " in fact]
+    if kind == "relation":
+        return facts - {fact for fact, _, _ in pairs}
+    if kind == "shape":
+        return {subject for _, subject, _ in pairs if subject in SHAPES}
+    return {fact for fact, _, value in pairs if KIND_OF[value] == kind}
 
 
 def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float | dict]:
@@ -353,12 +349,10 @@ def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float
     stated = [stated_facts(caption) for caption in captions]
     true = [set(truth) for truth in truths]
     scores: dict[str, float | dict] = agreement(stated, true)
-    stated_kinds = [by_kind(facts) for facts in stated]
-    true_kinds = [by_kind(facts) for facts in true]
     scores["by_kind"] = {}
     for kind in VALUES:
-        own = [kinds[kind] for kinds in stated_kinds]
-        others = [kinds[kind] for kinds in true_kinds]
+        own = [of_kind(facts, kind) for facts in stated]
+        others = [of_kind(facts, kind) for facts in true]
         if any(own + others):
             scores["by_kind"][kind] = agreement(own, others)["f1"]
     return scores

@@ -119,19 +119,17 @@ def clip_caption(
 
     Unlike `shapes.write_caption`, it says where a single object is: from relations of two objects
     alone, CLIP did not learn to look at positions. And as captions on the web do, it leaves things
-    out: those in `unsaid` ("background", "size", "colour", "place"). A caption of shapes alone
-    makes shape a direction of its own, not a property of each colour.
+    out: those in `unsaid` ("background", "size", "colour"). A caption of shapes alone makes shape a
+    direction of its own, not a property of each colour.
     """
     blank = {name: "" for name in ("size", "colour") if name in unsaid}
     groups = tuple(replace(group, **blank) for group in scene.groups)
     partial = replace(scene, groups=groups)
     if "background" in unsaid:
         partial = replace(partial, background="")
-    if "place" in unsaid:
-        partial = replace(partial, relation=None)
     text = shapes.write_caption(partial, rng)
     where = None  # a single object is, as a relation to the middle
-    if "place" not in unsaid and len(spots) == 1:
+    if len(spots) == 1:
         x, y, _ = spots[0]
         offsets = {"below": y - 0.5, "above": 0.5 - y, "right of": x - 0.5, "left of": 0.5 - x}
         where = max(offsets, key=offsets.get)
