@@ -106,21 +106,17 @@ def card(model: ClipLM, meta: Meta, content: dict, usage: str, longest: int) -> 
     """Return the text of README.md."""
     config = content["config"]
     validation = meta.splits["val"]["images"]
-    captioned = min(config["eval_images"] or validation, validation)
     data = [f"{split} {n['images']} images, {n['captions']} captions"
             for split, n in meta.splits.items()]  # fmt: skip
     settings = [f"{name} = {value!r}" for name, value in config.items()
                 if value != getattr(Config, name, None)]  # fmt: skip
     scores = [f"{name} {value:.4f}" for name, value in content["scores"].items()]
-    signature = (
-        f"CIDEr-D of {captioned} images' greedy captions, {validation} images' document "
-        f"frequencies, metrics {VERSION}"
-    )
     return template("card.md").format(
         **asdict(model.cfg) | asdict(meta) | {"encoder": meta.encoder or "another program"},
         P=model.cfg.prefix_length, usage=usage, data="; ".join(data), longest=longest,
-        settings="\n".join(settings), scores="\n".join(scores), signature=signature,
-        step=content["step"],
+        settings="\n".join(settings), scores="\n".join(scores), step=content["step"],
+        captioned=min(config["eval_images"] or validation, validation), validation=validation,
+        metrics=VERSION,
     )  # fmt: skip
 
 
