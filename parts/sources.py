@@ -656,18 +656,16 @@ def fetch(cfg) -> None:
         if not url.startswith(("http://", "https://")) or not name:
             raise UserError(f"downloads: expected `URL PATH [CHECKSUM]`, got `{entry.strip()}`")
         has_images = not cfg.embeddings and any(map(path.is_relative_to, folders))
+        plain, query, _ = url.partition("?")
+        archive = path.parent / plain.rstrip("/").rpartition("/")[2]
+        if query:  # which may be all that distinguishes two archives
+            digest = hashlib.sha256(url.encode()).hexdigest()
+            archive = archive.with_name(f"{archive.name}-{digest[:8]}")
         if not path.exists() and (has_images or path in captions):
-            missing.append((url, path, checksum))
+            missing.append((url, path, checksum, archive))
     if missing:
         ask(missing, cfg.yes)
-    archives = []
-    for url, path, _ in missing:
-        plain, query, _ = url.partition("?")
-        name = plain.rstrip("/").rpartition("/")[2]
-        if query:  # which may be all that distinguishes two archives
-            name += f"-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-        archives.append(path.parent / name)
-    for i, ((url, path, checksum), archive) in enumerate(zip(missing, archives, strict=True)):
+    for i, (url, path, checksum, archive) in enumerate(missing):
         lock = archive.with_name(f"{archive.name}.lock")
         with owning(lock, f"prepare.py is downloading {archive}"):
             if path.exists():  # another one has done so in the meantime
@@ -677,7 +675,7 @@ def fetch(cfg) -> None:
             elif checksum:
                 check(url, archive, archive, checksum)
             unpack(archive, path)
-            if archive not in archives[i + 1 :]:
+            if archive not in [later for *_, later in missing[i + 1 :]]:
                 archive.unlink()
 
 
@@ -685,7 +683,7 @@ def ask(missing: list[tuple], yes: bool) -> None:
     """Show the sizes and ask for consent, unless `yes`. Raise UserError without it."""
     if not shutil.which("curl"):
         raise UserError(f"{missing[0][1]} is missing, and downloading it needs curl: install curl")
-    for url, path, _ in missing:
+    for url, path, *_ in missing:
         size = server_size(url)
         amount = f"{size / 1e6:,.1f} MB" if size else "of unknown size"
         print(f"{url}, {amount}, for {path}", flush=True)
