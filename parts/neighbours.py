@@ -17,29 +17,23 @@ from parts.encoder import BadImage, Encoder, read_image
 BLOCK = 8192  # rows of training embeddings read at a time
 
 
-def mean_rows(embeddings: np.ndarray, start: int) -> Tensor:
-    """Return a block of rows of (N, P, D), averaged over P, as (rows, D) float32."""
-    return torch.tensor(embeddings[start : start + BLOCK]).float().mean(1)
-
-
 class Neighbours:
     """Training images, as lenders of captions.
 
     Args:
-        embeddings: (N, P, D) float16, memory-mapped.
+        embeddings: (N, P, D) float16, memory-mapped; kept in memory as their means over P.
         captions: those of each image.
         token_strings: the same captions, tokenized.
         count: how many neighbours an image has.
     """
 
     def __init__(self, embeddings: np.ndarray, captions, token_strings, count: int):
-        self.captions, self.token_strings = captions, token_strings
+        self.captions = captions
+        self.token_strings = token_strings
         self.count = min(count, len(embeddings))
-        self.starts = range(0, len(embeddings), BLOCK)
-        if embeddings.shape[1] > 1:  # averaged once, since a grid of COCO's size takes 9 GB
-            means = [mean_rows(embeddings, start).half() for start in self.starts]
-            embeddings = torch.cat(means)[:, None].numpy()
-        self.embeddings = embeddings
+        starts = range(0, len(embeddings), BLOCK)
+        means = [torch.tensor(embeddings[i : i + BLOCK]).float().mean(1) for i in starts]
+        self.means = F.normalize(torch.cat(means), dim=-1)  # (N, D)
 
     def borrow(self, embeddings: Tensor) -> list[tuple[list[str], list[str]]]:
         """Return all captions of each image's neighbours, nearest first, and their tokens.
@@ -47,19 +41,12 @@ class Neighbours:
         Neighbours have the highest cosine of embeddings (B, P, D), averaged over P.
         """
         query = F.normalize(embeddings.cpu().float().mean(1), dim=-1)  # (B, D)
-        cosine = torch.empty(len(query), 0)
-        number = torch.empty(len(query), 0, dtype=torch.long)  # of the nearest so far
-        for start in self.starts:
-            block = F.normalize(mean_rows(self.embeddings, start), dim=-1)
-            numbers = torch.arange(start, start + len(block)).expand(len(query), -1)
-            number = torch.cat((number, numbers), 1)
-            cosine = torch.cat((cosine, query @ block.T), 1)
-            cosine, index = cosine.topk(min(self.count, cosine.size(1)))
-            number = number.gather(1, index)
+        nearest = (query @ self.means.T).topk(self.count).indices  # (B, count)
         borrowed = []
-        for own in number.tolist():
+        for own in nearest.tolist():
             captions = [caption for i in own for caption in self.captions[i]]
-            borrowed.append((captions, [s for i in own for s in self.token_strings[i]]))
+            strings = [string for i in own for string in self.token_strings[i]]
+            borrowed.append((captions, strings))
         return borrowed
 
 
