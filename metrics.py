@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +141,7 @@ class CiderD:
         tokenize=lambda caption: tokenize(caption),  # by the function at the end of this file
     ):  # fmt: skip
         self.tokenize = tokenize
-        self.end = [END] if end_token else []
+        self.end = [END] * end_token
         self.counts = np.array([len(group) for group in references], np.int64)  # (images,)
         if not len(references):
             raise UserError("CIDEr-D: there are no references")
@@ -292,11 +291,12 @@ def java_missing(tokens: str = "words") -> str | None:
     """Return None if the toolkit's Java programs can run, else one line on what they need."""
     if tokens == "characters":
         return "METEOR and --java count words: leave out --tokens=characters"
-    package = importlib.util.find_spec("pycocoevalcap")
-    needed = {"java": shutil.which("java"), "pycocoevalcap": package}
-    missing = " and ".join(name for name, place in needed.items() if not place)
-    install = "install a Java runtime (8 or later) and `pip install -r requirements-coco.txt`"
-    return f"METEOR and --java need {missing}: {install}" if missing else None
+    if shutil.which("java") and importlib.util.find_spec("pycocoevalcap"):
+        return None
+    return (
+        "METEOR and --java need java and pycocoevalcap: install a Java runtime (8 or later) and "
+        "`pip install -r requirements-coco.txt`"
+    )
 
 
 def java_tokenize(captions: Sequence[str]) -> list[str]:
@@ -325,21 +325,15 @@ def java_meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
             meteor.lock.release()
 
 
-def some(ids: Sequence) -> str:
-    return "for example " + ", ".join(map(repr, ids[:3]))
-
-
 def token_strings(
     groups: Iterable[Sequence[str]], java: bool = False, tokens: str = "words"
 ) -> list[list[str]]:
     """Return groups of captions as groups of token strings."""
+    if not java:
+        split = {"words": tokenize, "characters": characters}[tokens]
+        return [[" ".join(split(caption)) for caption in group] for group in groups]
     groups = list(groups)
-    captions = [caption for group in groups for caption in group]
-    if java:
-        strings = iter(java_tokenize(captions))
-    else:
-        split = characters if tokens == "characters" else tokenize
-        strings = (" ".join(split(caption)) for caption in captions)
+    strings = iter(java_tokenize(list(itertools.chain.from_iterable(groups))))
     return [[next(strings) for _ in group] for group in groups]
 
 
@@ -354,15 +348,12 @@ def score(
     is scored like the whole, or else from `document_frequencies`. `java` tokenizes with the
     toolkit's program. `meteor` runs its METEOR; without it, the corpus has None, an image nothing.
     `tokens` is "words" or "characters".
-    Raise UserError if a caption has no references, or if there is no caption or no Java.
+    Raise UserError if a caption has no references, or if there is no caption.
     """
-    if (java or meteor) and java_missing():
-        raise UserError(java_missing())
     references = {i: group for i, group in references.items() if group}
-    unknown = [i for i in hypotheses if i not in references]
-    if unknown:
-        what = f"no references for {len(unknown)} captions ({some(unknown)})"
-        raise UserError(f"{what}: add them or drop these captions")
+    for i in hypotheses:
+        if i not in references:
+            raise UserError(f"no references for image {i}: add them or drop its caption")
     if not hypotheses:
         raise UserError("there are no captions to score")
 
@@ -399,14 +390,37 @@ def signature(
     df = f"references({sum(map(bool, references.values()))})"  # images whose n-grams are counted
     if document_frequencies is not None:
         df = f"given({document_frequencies.df_images})"
-    tok = "ptb-java" if java else "ptb-regex"
-    if tokens == "characters":
-        tok = tokens
-    version = "1.5-java" if meteor else "no"
+    tok = {"words": "ptb-regex", "characters": "characters"}[tokens]
+    if java:
+        tok = "ptb-java"
+    version = {True: "1.5-java", False: "no"}[meteor]
     return (
         f"nanocaption:{VERSION}|tok:{tok}|refs:{refs}|df:{df}"
         f"|bleu:sacrebleu-{sacrebleu.__version__}|cider:D|meteor:{version}"
     )
+
+
+def evaluate(
+    hypotheses: Mapping, references: Mapping, training: Iterable[Sequence[str]] = (), **options
+) -> tuple[dict, dict]:
+    """Return a results line, and the scores of each image, as `score` does with these options.
+
+    The line holds the scores, METEOR's if Java can run, how varied the captions are, and the
+    signature. training: token strings of the training captions, which are not novel.
+    """
+    tokens = options["tokens"]
+    options["meteor"] = java_missing(tokens) is None
+    if tokens == "words" and lack_spaces(hypotheses.values()):
+        print(
+            "these captions are in a script without spaces, of which the toolkit makes one token "
+            "per sentence: score characters, --tokens=characters"
+        )
+    corpus, per_image = score(hypotheses, references, **options)
+    (captions,) = token_strings([hypotheses.values()], tokens=tokens)
+    known = list(itertools.chain.from_iterable(training))
+    line = {"diversity": diversity(captions, known)}
+    line["signature"] = signature(hypotheses, references, **options)
+    return corpus | line, per_image
 
 
 # ---------------------------------------------------------------------------------------------
@@ -444,10 +458,10 @@ def read_rows(path: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} holds no captions: give COCO results, annotations or our CSV")
     for n, row in enumerate(rows):
-        if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
-            raise UserError(f"{path}: entry {n} lacks image_id or caption: {str(row)[:60]}")
-        if not isinstance(row["image_id"], int | str):
-            raise UserError(f"{path}: image_id of entry {n} must be a number or a string")
+        named = isinstance(row, dict) and isinstance(row.get("image_id"), int | str)
+        if not named or "caption" not in row:
+            lacks = "lacks image_id (a number or a string) or caption"
+            raise UserError(f"{path}: entry {n} {lacks}: {str(row)[:60]}")
     return rows
 
 
@@ -461,32 +475,24 @@ def read_references(path: str) -> tuple[dict, int]:
     return references, len(rows) - sum(map(len, references.values()))
 
 
-def read_captions(path: str) -> list[str]:
-    """Return the captions of COCO annotations."""
-    references, _ = read_references(path)
-    return list(itertools.chain.from_iterable(references.values()))
-
-
 def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     """Return {id: caption} of COCO results or our CSV, and how many captions are not text.
 
     Those are scored as empty. Raise UserError if an image has several captions or no references.
     """
     by_name = {str(i): i for i in references}  # a CSV has "42" for the references' 42
-    rows = read_rows(path)
-    captions = {str(row["image_id"]): row["caption"] for row in rows}
-    counts = Counter(str(row["image_id"]) for row in rows)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        what = f"{len(twice)} images have several captions ({some(twice)})"
-        raise UserError(f"{path}: {what}: give one per image")
-    unknown = [name for name in captions if name not in by_name]
-    if unknown:
-        what = f"no references for {len(unknown)} of {len(rows)} predictions ({some(unknown)})"
-        raise UserError(f"{path}: {what}: add them or drop these predictions")
-    hypotheses = {by_name[name]: caption for name, caption in captions.items()}
-    not_text = [i for i, caption in hypotheses.items() if not isinstance(caption, str)]
-    return hypotheses | dict.fromkeys(not_text, ""), len(not_text)
+    hypotheses: dict = {}
+    not_text = 0
+    for row in read_rows(path):
+        name = str(row["image_id"])
+        if name not in by_name:
+            raise UserError(f"{path}: no references for image {name}: add them or drop its caption")
+        if by_name[name] in hypotheses:
+            raise UserError(f"{path}: image {name} has several captions: give one per image")
+        is_text = isinstance(row["caption"], str)
+        not_text += not is_text
+        hypotheses[by_name[name]] = row["caption"] if is_text else ""
+    return hypotheses, not_text
 
 
 def main(cfg: MetricsConfig) -> None:
@@ -495,19 +501,19 @@ def main(cfg: MetricsConfig) -> None:
         raise UserError(missing)
     references, references_not_text = read_references(cfg.references)
     hypotheses, not_text = read_predictions(cfg.predictions, references)
-    training = read_captions(cfg.training) if cfg.training else []
+    training = []
+    if cfg.training:
+        known, _ = read_references(cfg.training)
+        training = token_strings(known.values(), tokens=cfg.tokens)
     frequencies = None
     if cfg.df != "references":
-        if cfg.df == "scored":
-            counted = {i: references[i] for i in hypotheses}
-        else:
+        counted = {i: references[i] for i in hypotheses}
+        if cfg.df != "scored":
             counted, _ = read_references(cfg.df)
         groups = token_strings(counted.values(), cfg.java, cfg.tokens)
         frequencies = CiderD(groups, tokenize=str.split)
-    options = {"java": cfg.java, "tokens": cfg.tokens, "meteor": not missing}
-    options["document_frequencies"] = frequencies
-    corpus, _ = score(hypotheses, references, **options)
-    varied = diversity(*token_strings([hypotheses.values(), training], tokens=cfg.tokens))
+    options = {"java": cfg.java, "tokens": cfg.tokens, "document_frequencies": frequencies}
+    line, _ = evaluate(hypotheses, references, training, **options)
     counts = {
         "images": len(hypotheses),
         "references": sum(len(references[i]) for i in hypotheses),
@@ -517,21 +523,17 @@ def main(cfg: MetricsConfig) -> None:
         "references_not_text": references_not_text,
     }
 
+    shown = {name: line[name] for name in NAMES} | line["diversity"]
     absent = {"METEOR": missing, "novel": "give --training=annotations.json"}
-    for name, value in (corpus | varied).items():
-        print(f"{name:<11} " + (f"       – {absent[name]}" if value is None else f"{value:8.4f}"))
+    for name, value in shown.items():
+        figure = f"       – {absent[name]}" if value is None else f"{value:8.4f}"
+        print(f"{name:<11} {figure}")
     for name, count in counts.items():
         if count:
             print(f"{count:>8,} {name.replace('_', ' ')}")
     if len(references) > len(hypotheses) and cfg.df == "references":
-        print(
-            f"CIDEr counts document frequencies in all {len(references):,} reference images; the "
-            f"toolkit counts them in the {len(hypotheses):,} scored ones: --df=scored"
-        )
-    if cfg.tokens == "words" and lack_spaces(hypotheses.values()):
-        print(SPACES_MISSING)
-    line = {"signature": signature(hypotheses, references, **options), "counts": counts}
-    print(json.dumps(corpus | {"diversity": varied} | line))
+        print("CIDEr counts document frequencies in all references; the toolkit: --df=scored")
+    print(json.dumps(line | {"counts": counts}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -599,10 +601,6 @@ def tokenize(caption: str) -> list[str]:
 
 # Thai and Lao, Burmese, Khmer, kana, Han
 SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-SPACES_MISSING = (
-    "these captions are in a script without spaces, of which the toolkit makes one token per "
-    "sentence: score characters, --tokens=characters"
-)
 
 
 def lack_spaces(captions: Iterable[str]) -> bool:

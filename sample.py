@@ -438,26 +438,24 @@ class Results:
 
 
 def score(predictions: list[dict], cfg: SampleConfig, training: Path) -> dict:
-    """Return the scores of all captions; add each one's own to its prediction.
+    """Return the results line of all captions; add each one's own scores to its prediction.
 
     training: annotations of the training captions, if there are any, which are not novel.
     """
     hypotheses = {p["image_id"]: p["caption"] for p in predictions}
     references = {p["image_id"]: p["references"] for p in predictions}
+    known = []
+    if training.is_file():
+        captions, _ = metrics.read_references(training)
+        known = metrics.token_strings(captions.values(), tokens=cfg.tokens)
     options = {"java": cfg.java, "tokens": cfg.tokens}
-    options["meteor"] = metrics.java_missing(cfg.tokens) is None
-    if cfg.tokens == "words" and metrics.lack_spaces(hypotheses.values()):
-        print(metrics.SPACES_MISSING)
-    scores, per_image = metrics.score(hypotheses, references, **options)
+    scores, per_image = metrics.evaluate(hypotheses, references, known, **options)
     for name in predictions[0].get("scores", {}):  # CLIP's
         scores[name] = float(np.mean([p["scores"][name] for p in predictions]))
     for p in predictions:
         own = per_image[p["image_id"]]
         three = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}
         p["scores"] = three | p.get("scores", {})
-    known = metrics.read_captions(training) if training.is_file() else []
-    both = metrics.token_strings([hypotheses.values(), known], tokens=cfg.tokens)
-    scores["diversity"] = metrics.diversity(*both)
     if cfg.rerank != "none":
         scores["rerank"] = f"{cfg.rerank} + {cfg.rerank_weight} log p"
     if all("facts" in p for p in predictions):
@@ -468,7 +466,6 @@ def score(predictions: list[dict], cfg: SampleConfig, training: Path) -> dict:
             p["facts"] = {"stated": stated, "true": p["facts"]["true"]}
         true_facts = [p["facts"]["true"] for p in predictions]
         scores["facts"] = shapes.score_facts(list(hypotheses.values()), true_facts)
-    scores["signature"] = metrics.signature(hypotheses, references, **options)
     return scores
 
 
