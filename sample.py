@@ -14,6 +14,7 @@ if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -21,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +93,15 @@ class SampleConfig(Decoding):
         if self.method == "nearest" and (self.prompt or self.attention):
             raise ConfigError("prompt and attention do nothing with --method=nearest", "method")
         shown = self.split or self.gallery or self.out_json
-        for name, useless, needed in (
-            ("rerank", self.rerank != "none" and self.n_best == 1, "--n_best=2 or more"),
-            ("rerank_weight", self.rerank_weight and self.rerank == "none", "--rerank"),
-            ("neighbours", self.neighbours != 20 and not borrows, "--rerank=neighbours"),
-            ("java", self.java and not self.split, "--split"),
-            ("track", self.track != "none" and not self.gallery, "--gallery"),
-            ("attention", self.attention and not shown, "--gallery or --out_json"),
+        for name, useful, needed in (
+            ("rerank", self.n_best > 1, "--n_best=2 or more"),
+            ("rerank_weight", self.rerank != "none", "--rerank"),
+            ("neighbours", borrows, "--rerank=neighbours"),
+            ("java", self.split, "--split"),
+            ("track", self.gallery, "--gallery"),
+            ("attention", shown, "--gallery or --out_json"),
         ):
-            if useless:
+            if not useful and getattr(self, name) != getattr(SampleConfig, name):
                 raise ConfigError(f"{name}: does nothing without {needed}", name)
 
 
@@ -136,15 +137,20 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
     # -- score and write
     predictions = [entry for entry in results.entries if "skipped" not in entry]
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
-    scored = cfg.split and any(p["references"] for p in predictions)
-    scores = score(predictions, cfg, captioner.data / "train.json") if scored else {}
+    scores = {}
+    if cfg.split and any(p["references"] for p in predictions):
+        scores = score(predictions, cfg, captioner.training[1])
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
     write_files(cfg, out, predictions)
     results.finish()
     if cfg.gallery and predictions:
+        page = (out or Path("predictions.json")).parent / "gallery.html"
         title = f"{captioner.meta.dataset} {cfg.split}".strip()
-        write_gallery((out or Path("predictions.json")).parent, predictions, title, tracker)
+        missing = gallery.write(predictions, page, title=title)
+        print(f"wrote {page}, {len(missing)} images not found")
+        tracker.artifact(page)
+        tracker.close()
     new = sum("skipped" not in entry for entry in results.entries[first:])
     print(
         f"{len(predictions)} images, {new / seconds:.1f} captions/s, {cfg.method} on "
@@ -161,27 +167,22 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
 
 def caption_all(cfg: SampleConfig, captioner: "Captioner", source, results: "Results") -> None:
     """Caption the items that have no results yet, a batch at a time."""
-    done, items = len(results.entries), source.items
+    items = source.items
+    done = len(results.entries)
     batches = [items[i : i + cfg.batch_size] for i in range(done, len(items), cfg.batch_size)]
-    disable = None if cfg.split else True  # image files have a line each instead
+    disable = bool(cfg.image) or None  # image files have a line each instead
     bar = tqdm(total=len(items), initial=done, unit="image", disable=disable)
     for batch, (embeddings, bad) in zip(batches, source.embeddings(batches), strict=True):
-        readable = [item for i, item in enumerate(batch) if i not in bad]
-        made = captioner.caption(embeddings, readable)
-        if cfg.clip_score and made:
-            captioner.add_clip_scores(embeddings, made)
-        predictions = iter(made)
-        entries = []
-        for i, item in enumerate(batch):
-            if i in bad:
-                entries.append({"skipped": f"{item['path']}: {bad[i]}"})
-                continue
-            prediction = next(predictions)
-            entries.append(prediction)
-            if cfg.image:
-                for caption in prediction.get("n_best", [prediction]):
-                    print(printable(f"{item['path']}: {caption['caption']}"))
-        results.add(entries)
+        readable = [i for i in range(len(batch)) if i not in bad]
+        predictions = captioner.caption(embeddings, [batch[i] for i in readable])
+        entries = dict(zip(readable, predictions, strict=True))
+        for i, reason in bad.items():
+            entries[i] = {"skipped": f"{batch[i]['path']}: {reason}"}
+        results.add([entries[i] for i in range(len(batch))])
+        if cfg.image:
+            for p in predictions:
+                for caption in p.get("n_best", [p]):
+                    print(printable(f"{p['path']}: {caption['caption']}"))
         bar.update(len(batch))
     bar.close()
 
@@ -203,40 +204,64 @@ class Captioner:
         lay_out_by_columns(self.model)
         self.model.to(self.device.torch_device)
         if cfg.method == "nearest" or cfg.rerank in ("consensus", "neighbours"):
-            training = fitting_split(cfg, self.meta, self.data, "train")
-            _, captions = training.references()
-            strings = metrics.token_strings(captions, tokens=cfg.tokens)
+            embeddings = self.split("train").embeddings
+            captions, strings = self.training
             self.cider = metrics.CiderD(strings, tokenize=str.split)
             if cfg.rerank != "consensus":
-                lenders = training.embeddings, captions, strings
-                self.neighbours = Neighbours(*lenders, cfg.neighbours)
+                self.neighbours = Neighbours(embeddings, captions, strings, cfg.neighbours)
         if cfg.rerank == "clip" or cfg.clip_score:
             self.clip = ImageText(self.meta, cfg.clip, self.device.torch_device)
 
+    def split(self, name: str) -> Split:
+        """Return a split of the dataset. Raise UserError if it does not fit the checkpoint, or if
+        the checkpoint was trained on another dataset: that may have had these images in training.
+        """
+        split = Split(self.data, name)
+        if differences := self.meta.differences(split.meta):
+            raise UserError(f"{self.data} does not fit {self.cfg.ckpt}: it has {differences}")
+        if not self.cfg.other_dataset:
+            hint = "add --other_dataset to caption this one all the same"
+            split.meta.refuse_other(self.meta, self.cfg.ckpt, hint)
+        return split
+
+    @functools.cached_property
+    def training(self) -> tuple[list, list]:
+        """The captions of each training image, as texts and as token strings."""
+        path = self.data / "train.json"
+        if not path.is_file():
+            return [], []
+        references, _ = metrics.read_references(path)
+        captions = list(references.values())
+        return captions, metrics.token_strings(captions, tokens=self.cfg.tokens)
+
     def signature(self) -> dict:
         """Return all that the captions depend on, besides the images."""
-        cfg = self.cfg
-        return {
-            "ckpt": sha256(Path(cfg.ckpt)),
-            "decoding": {f.name: getattr(cfg, f.name) for f in fields(Decoding)},
-            "prompt": cfg.prompt,
-            "attention": cfg.attention,
-            "rerank": [cfg.rerank, cfg.rerank_weight, cfg.neighbours, cfg.tokens],
-            "clip_score": cfg.clip_score,
-            "device": str(self.device.torch_device),
-            "dtype": str(self.device.dtype),
-        }
+        settings = asdict(self.cfg)
+        for name in "out_json out_csv gallery track java batch_size workers".split():
+            del settings[name]  # changes no caption
+        settings["ckpt"] = sha256(Path(self.cfg.ckpt))
+        settings["device"] = str(self.device.torch_device)
+        settings["dtype"] = str(self.device.dtype)
+        return settings
 
     def caption(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
         """Return predictions of images from their embeddings (B, P, D)."""
         if not items:
             return []
         embeddings = embeddings.to(self.device.torch_device)
-        numbers = [item["number"] for item in items]
         if self.cfg.method == "nearest":
             borrowed = self.neighbours.borrow(embeddings)
             best = [texts[self.cider.agreement(strings).argmax()] for texts, strings in borrowed]
-            return [self.entry(*each) for each in zip(items, best, strict=True)]
+            predictions = [self.entry(*each) for each in zip(items, best, strict=True)]
+        else:
+            predictions = self.decode(embeddings, items)
+        if self.cfg.clip_score:
+            self.add_clip_scores(embeddings, predictions)
+        return predictions
+
+    def decode(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
+        """Return predictions with captions by the model."""
+        numbers = [item["number"] for item in items]
         with self.device.autocast():
             captions = generate(
                 self.model, embeddings, self.tokenizer, self.cfg, self.cfg.prompt, numbers,
@@ -244,10 +269,13 @@ class Captioner:
             )  # fmt: skip
         if self.cfg.rerank != "none":
             captions = self.rerank(embeddings, items, captions)
-        attention = [None] * len(items)
+        predictions = [self.prediction(*each) for each in zip(items, captions, strict=True)]
         if self.cfg.attention:
-            attention = self.attention(embeddings, [best.ids for best, *_ in captions])
-        return [self.prediction(*each) for each in zip(items, captions, attention, strict=True)]
+            maps = self.attention(embeddings, [best.ids for best, *_ in captions])
+            side = math.isqrt(self.meta.n_positions) * self.model.cfg.is_grid
+            for prediction, attention in zip(predictions, maps, strict=True):
+                prediction |= {"attention": attention, "grid": side}
+        return predictions
 
     def rerank(self, embeddings, items, captions: list[list[Caption]]) -> list[list[Caption]]:
         """Return each image's captions in the order of agreement + rerank_weight * log p."""
@@ -278,28 +306,24 @@ class Captioner:
 
     def entry(self, item: dict, caption: str) -> dict:
         """Return an entry of predictions.json: COCO's two keys, and what is known of the image."""
-        entry = {"image_id": item["image_id"], "caption": caption}
-        entry |= {name: item[name] for name in ("file_name", "path", "references")}
-        if item.get("facts"):
-            entry["facts"] = {"true": item["facts"]}
+        entry = {"image_id": item["image_id"], "caption": caption} | item
+        del entry["number"]
         return entry
 
-    def prediction(self, item: dict, captions: list[Caption], attention) -> dict:
+    def prediction(self, item: dict, captions: list[Caption]) -> dict:
         """Return an entry with what the gallery shows of the model's captions."""
-        texts = [self.tokenizer.decode(caption.ids) for caption in captions]
-        entry = self.entry(item, texts[0])
-        entry["tokens"] = self.tokenizer.pieces(captions[0].ids)
-        entry["logprobs"] = [round(logprob, 4) for logprob in captions[0].logprobs]
-        if not captions[0].ended:
+        best = captions[0]
+        n_best = [
+            {"caption": self.tokenizer.decode(caption.ids), "logprob": round(caption.logprob, 4)}
+            for caption in captions
+        ]
+        entry = self.entry(item, n_best[0]["caption"])
+        entry["tokens"] = self.tokenizer.pieces(best.ids)
+        entry["logprobs"] = [round(logprob, 4) for logprob in best.logprobs]
+        if not best.ended:
             entry["cut"] = True
         if len(captions) > 1:
-            entry["n_best"] = [
-                {"caption": text, "logprob": round(caption.logprob, 4)}
-                for text, caption in zip(texts, captions, strict=True)
-            ]
-        if attention is not None:
-            entry["attention"] = attention
-            entry["grid"] = math.isqrt(self.meta.n_positions) if self.model.cfg.is_grid else 0
+            entry["n_best"] = n_best
         return entry
 
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
@@ -316,19 +340,7 @@ class Captioner:
 
 
 # ---------------------------------------------------------------------------------------------
-# What is captioned: items with number, image_id, file_name, path and references
-
-
-def fitting_split(cfg: SampleConfig, meta: Meta, folder: Path, name: str) -> Split:
-    """Return a split of a dataset. Raise UserError if it does not fit the checkpoint, or if the
-    checkpoint was trained on another dataset: that may have had these images in training."""
-    split = Split(folder, name)
-    if differences := meta.differences(split.meta):
-        raise UserError(f"{folder} does not fit {cfg.ckpt}: it has {differences}")
-    if not cfg.other_dataset:
-        hint = "add --other_dataset to caption this one all the same"
-        split.meta.refuse_other(meta, cfg.ckpt, hint)
-    return split
+# What is captioned: items with number, image_id, file_name, path, references and perhaps facts
 
 
 class SplitSource:
@@ -337,16 +349,20 @@ class SplitSource:
     others = ()  # files that are no images
 
     def __init__(self, cfg: SampleConfig, captioner: Captioner):
-        self.split = fitting_split(cfg, captioner.meta, captioner.data, cfg.split)
+        self.split = captioner.split(cfg.split)
         folder = cfg.images or self.split.meta.images or str(self.split.folder / "images")
         self.folder = Path(folder.replace("{split}", cfg.split))
         images, references = self.split.references()
         self.items = []
         for number, (image, captions) in enumerate(zip(images, references, strict=True)):
-            path = self.folder / image["file_name"]
-            item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
-            item["path"] = str(path) if path.is_file() else ""
-            self.items.append(item | {"references": captions, "facts": image.get("facts")})
+            name = image["file_name"]
+            item = {"number": number, "image_id": image["id"], "file_name": name, "path": ""}
+            if (self.folder / name).is_file():
+                item["path"] = str(self.folder / name)
+            item["references"] = captions
+            if image.get("facts"):
+                item["facts"] = {"true": image["facts"]}
+            self.items.append(item)
 
     def signature(self) -> dict:
         images = str(self.folder)
@@ -418,11 +434,11 @@ class Results:
             return
         self.path = out.with_name(f"{out.name}.partial.jsonl")
         header = json.dumps(signature, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else [""]
-        if lines[0] == header:
-            with contextlib.suppress(ValueError):  # a torn line and what follows is made again
-                for line in lines[1:-1]:
-                    self.entries.append(json.loads(line))
+        lines = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # the last is torn
+        if lines[:1] == [header]:
+            self.entries = [json.loads(line) for line in lines[1:]]
         saved = [header, *map(json.dumps, self.entries)]
         write_text(self.path, "".join(f"{line}\n" for line in saved))
 
@@ -437,36 +453,28 @@ class Results:
             self.path.unlink()
 
 
-def score(predictions: list[dict], cfg: SampleConfig, training: Path) -> dict:
-    """Return the results line of all captions; add each one's own scores to its prediction.
-
-    training: annotations of the training captions, if there are any, which are not novel.
-    """
+def score(predictions: list[dict], cfg: SampleConfig, training: list[list[str]]) -> dict:
+    """Return the results line of all captions; add each one's own scores to its prediction."""
     hypotheses = {p["image_id"]: p["caption"] for p in predictions}
     references = {p["image_id"]: p["references"] for p in predictions}
-    known = []
-    if training.is_file():
-        captions, _ = metrics.read_references(training)
-        known = metrics.token_strings(captions.values(), tokens=cfg.tokens)
     options = {"java": cfg.java, "tokens": cfg.tokens}
-    scores, per_image = metrics.evaluate(hypotheses, references, known, **options)
+    line, per_image = metrics.evaluate(hypotheses, references, training, **options)
     for name in predictions[0].get("scores", {}):  # CLIP's
-        scores[name] = float(np.mean([p["scores"][name] for p in predictions]))
+        line[name] = float(np.mean([p["scores"][name] for p in predictions]))
     for p in predictions:
         own = per_image[p["image_id"]]
         three = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}
         p["scores"] = three | p.get("scores", {})
     if cfg.rerank != "none":
-        scores["rerank"] = f"{cfg.rerank} + {cfg.rerank_weight} log p"
+        line["rerank"] = f"{cfg.rerank} + {cfg.rerank_weight} log p"
     if all("facts" in p for p in predictions):
         from parts import shapes  # the built-in scenes, whose facts are known
 
-        for p in predictions:
-            stated = sorted(shapes.stated_facts(p["caption"]))
-            p["facts"] = {"stated": stated, "true": p["facts"]["true"]}
         true_facts = [p["facts"]["true"] for p in predictions]
-        scores["facts"] = shapes.score_facts(list(hypotheses.values()), true_facts)
-    return scores
+        for p in predictions:
+            p["facts"]["stated"] = sorted(shapes.stated_facts(p["caption"]))
+        line["facts"] = shapes.score_facts(list(hypotheses.values()), true_facts)
+    return line
 
 
 def output_path(cfg: SampleConfig) -> Path | None:
@@ -474,46 +482,36 @@ def output_path(cfg: SampleConfig) -> Path | None:
     for path in (cfg.out_json, cfg.out_csv):
         if path and Path(path).is_dir():
             raise UserError(f"{path} is a folder: give the name of a file")
-    if cfg.split and not cfg.out_json:
+    if cfg.out_json:
+        return Path(cfg.out_json)
+    if cfg.split:
         return Path(cfg.ckpt).parent / cfg.split / "predictions.json"
-    return Path(cfg.out_json) if cfg.out_json else None
+    return None
 
 
 def write_files(cfg: SampleConfig, out: Path | None, predictions: list[dict]) -> None:
     """Write predictions.json and .csv, as far as they are asked for."""
-    files = {}
+    table = cfg.out_csv
     if out:
-        files[out] = json.dumps(predictions)
-    if out or cfg.out_csv:
-        files[cfg.out_csv or out.with_suffix(".csv")] = as_csv(predictions)
-    for path, text in files.items():
-        write_text(path, text)
-    if files:
-        print(f"wrote {' and '.join(map(str, files))}")
+        write_text(out, json.dumps(predictions))
+        print(f"wrote {out}")
+        table = table or out.with_suffix(".csv")
+    if table:
+        write_text(table, as_csv(predictions))
+        print(f"wrote {table}")
 
 
 def as_csv(predictions: list[dict]) -> str:
     """Return a table: ids, captions, references, and each caption's scores."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ("bleu", "rouge_l", "cider")
-    writer.writerow(("image_id", "file_name", "caption", "references", *columns))
+    columns = "image_id file_name caption references bleu rouge_l cider".split()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for p in predictions:
-        values = [p.get("scores", {}).get(name) for name in columns]
-        figures = ["" if value is None else f"{value:.4f}" for value in values]
-        references = " | ".join(p["references"])
-        writer.writerow([p["image_id"], p["file_name"], p["caption"], references, *figures])
+        scores = {name: f"{value:.4f}" for name, value in p.get("scores", {}).items()}
+        writer.writerow(p | scores | {"references": " | ".join(p["references"])})
     # File names that are not UTF-8 hold surrogates, which cannot be written.
     return text.getvalue().encode("utf-8", "backslashreplace").decode()
-
-
-def write_gallery(folder: Path, predictions: list[dict], title: str, tracker: Tracker) -> None:
-    """Write gallery.html, and add it to the tracked run of the checkpoint."""
-    page = folder / "gallery.html"
-    missing = gallery.write(predictions, page, title=title)
-    print(f"wrote {page}" + (f", {len(missing)} images not found" if missing else ""))
-    tracker.artifact(page)
-    tracker.close()
 
 
 if __name__ == "__main__":
