@@ -130,7 +130,9 @@ class Config:
         within(self, "scst_references", 0)
         within(self, "seed", 0, 2**32 - 1)
         within(self, "max_bad", 0, 1)
-        within(self, "dropout beta1 beta2 label_smoothing ema", 0, below=1)
+        for name in "dropout beta1 beta2 label_smoothing ema".split():
+            if not 0 <= getattr(self, name) < 1:
+                refuse(name, f"0 <= {name} < 1", getattr(self, name))
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.dataset):
             refuse("dataset", "a plain name, as in data/<name>", self.dataset)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
@@ -185,13 +187,11 @@ def one_of(cfg, name: str, choices: str):
         refuse(name, f"one of {choices}", getattr(cfg, name))
 
 
-def within(cfg, names: str, low, high=10**9, below=math.inf):
-    """Check that low <= setting <= high and setting < below, for each name. 10**9 fits an int32."""
+def within(cfg, names: str, low, high=10**9):
+    """Check that low <= setting <= high, for each name. 10**9 fits an int32."""
     for name in names.split():
-        value = getattr(cfg, name)
-        if not (low <= value <= high and value < below):
-            limit = f"<= {high}" if below == math.inf else f"< {below}"
-            refuse(name, f"{low} <= {name} {limit}", value)
+        if not low <= getattr(cfg, name) <= high:
+            refuse(name, f"{low} <= {name} <= {high}", getattr(cfg, name))
 
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -204,7 +204,7 @@ def cast(name: str, value, kind):
     """Return `value` as a `kind`: bool, int, float, str or dict, any of these `| None`, or a
     `tuple[one of these, ...]`. Text is read as its kind, and a `~` before a string means the home
     folder; otherwise only int -> float is converted. Raise ConfigError."""
-    text = value.strip().lower() if isinstance(value, str) else None
+    text = value.strip().lower() if isinstance(value, str) else ""
     if NoneType in get_args(kind):  # X | None
         if value is None or text in NOTHING:
             return None
@@ -216,7 +216,7 @@ def cast(name: str, value, kind):
         return tuple(cast(name, item, get_args(kind)[0]) for item in items)
     if kind is bool:
         value = WORDS.get(text, value)
-    elif kind in (int, float) and text is not None:
+    elif kind in (int, float) and text:
         with contextlib.suppress(ValueError):  # it stays text, which is refused below
             value = kind(text)
     if type(value) is int and value.bit_length() > 63:
@@ -225,9 +225,11 @@ def cast(name: str, value, kind):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         refuse(name, EXPECTED[kind], value)
-    if kind is str and re.search("[\0\ud800-\udfff]", value):  # no file name or file takes these
-        refuse(name, "a string without NUL and surrogates", value)
-    return os.path.expanduser(value) if kind is str else value
+    if kind is str:
+        if re.search("[\0\ud800-\udfff]", value):  # no file name or file takes these
+            refuse(name, "a string without NUL and surrogates", value)
+        value = os.path.expanduser(value)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,12 +337,11 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
         raise SystemExit(0)
     try:
         paths, flags = read_flags(cls, argv, positional.split())
-        takes_files = files and not positional
-        if paths and not takes_files:
-            names = positional.upper().replace(" ", ", ")
-            flags = f"{names}{names and ' and '}--flags"
-            raise ConfigError(f"this script takes only {flags}, not `{paths[0]}`")
-        hint = ": give it, or a config file such as config/shapes.py" if takes_files else ""
+        hint = ": give it, or a config file such as config/shapes.py"
+        if positional or not files:
+            hint = ""
+            if paths:
+                raise ConfigError(f"unexpected argument `{paths[0]}`: see --help")
         return build(cls, [*chain.from_iterable(map(read_file, paths)), *flags], hint=hint)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -391,25 +392,23 @@ def build(cls, settings, source: str = "--", hint: str = ""):
     if a setting without a default is missing, with `source`, and it ends with `hint`.
     """
     kinds = kinds_of(cls)
-    values, origin = {}, {}
-    for where, name, value in settings:
-        if name not in kinds:
-            dashes = "--" if where == "--" else ""
-            close = difflib.get_close_matches(str(name)[:60], kinds, 1)
-            hint = "".join(f", did you mean `{dashes}{match}`?" for match in close)
-            raise ConfigError(f"{where}{name}: no such setting{hint}")
-        try:
-            values[name] = cast(name, value, kinds[name])
-        except ConfigError as error:
-            raise ConfigError(f"{where}{error}", name) from None
-        origin[name] = where
-    for field in fields(cls):
-        required = field.default is field.default_factory is MISSING
-        if required and values.get(field.name, ()) == ():
-            raise ConfigError(f"{source}{field.name} is required{hint}", field.name)
+    values = {}
+    origin = {}  # name -> where it was set
     try:
+        for where, name, value in settings:
+            origin[name] = where
+            if name not in kinds:
+                close = difflib.get_close_matches(str(name)[:60], kinds, 1)
+                dashes = "--" if where == "--" else ""
+                meant = "".join(f", did you mean `{dashes}{match}`?" for match in close)
+                raise ConfigError(f"{name}: no such setting{meant}", name)
+            values[name] = cast(name, value, kinds[name])
+        for field in fields(cls):
+            required = field.default is field.default_factory is MISSING
+            if required and values.get(field.name, ()) == ():
+                raise ConfigError(f"{source}{field.name} is required{hint}")
         return cls(**values)
-    except ConfigError as error:  # from its __post_init__
+    except ConfigError as error:
         raise ConfigError(f"{origin.get(error.name, '')}{error}", error.name) from None
 
 
