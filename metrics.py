@@ -192,7 +192,9 @@ class CiderD:
         n = len(captions)
         if len(images) != n:
             raise ValueError(f"CIDEr-D: {n} captions, {len(images)} images: give as many of each")
-        ends = [self.end] * n if ended is None else [self.end if end else [] for end in ended]
+        if ended is None:
+            ended = [True] * n
+        ends = [self.end if end else [] for end in ended]
         words = [[*self.tokenize(c), *end] for c, end in zip(captions, ends, strict=True)]
         caption, order, gram = ngram_keys(words)
         pairs = gram * MULTIPLIER + caption.astype(np.uint64)
