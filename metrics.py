@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,6 +340,12 @@ def token_strings(
     return [[next(strings) for _ in group] for group in groups]
 
 
+def refuse(images: list, what: str, mend: str) -> None:
+    """Raise UserError if there are such images."""
+    if images:
+        raise UserError(f"{what} {len(images)} images, for example {images[0]!r}: {mend}")
+
+
 def score(
     hypotheses: Mapping, references: Mapping, *, java: bool = False, meteor: bool = False,
     document_frequencies: CiderD | None = None, tokens: str = "words",
@@ -353,9 +360,8 @@ def score(
     Raise UserError if a caption has no references, or if there is no caption.
     """
     references = {i: group for i, group in references.items() if group}
-    for i in hypotheses:
-        if i not in references:
-            raise UserError(f"no references for image {i}: add them or drop its caption")
+    unknown = [i for i in hypotheses if i not in references]
+    refuse(unknown, "no references for", "add them or drop these captions")
     if not hypotheses:
         raise UserError("there are no captions to score")
 
@@ -483,18 +489,15 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     Those are scored as empty. Raise UserError if an image has several captions or no references.
     """
     by_name = {str(i): i for i in references}  # a CSV has "42" for the references' 42
-    hypotheses: dict = {}
-    not_text = 0
-    for row in read_rows(path):
-        name = str(row["image_id"])
-        if name not in by_name:
-            raise UserError(f"{path}: no references for image {name}: add them or drop its caption")
-        if by_name[name] in hypotheses:
-            raise UserError(f"{path}: image {name} has several captions: give one per image")
-        is_text = isinstance(row["caption"], str)
-        not_text += not is_text
-        hypotheses[by_name[name]] = row["caption"] if is_text else ""
-    return hypotheses, not_text
+    rows = read_rows(path)
+    counts = Counter(str(row["image_id"]) for row in rows)
+    twice = [name for name, count in counts.items() if count > 1]
+    refuse(twice, f"{path}: several captions of", "give one per image")
+    unknown = [name for name in counts if name not in by_name]
+    refuse(unknown, f"{path}: no references for", "add them or drop these captions")
+    hypotheses = {by_name[str(row["image_id"])]: row["caption"] for row in rows}
+    not_text = [i for i, caption in hypotheses.items() if not isinstance(caption, str)]
+    return hypotheses | dict.fromkeys(not_text, ""), len(not_text)
 
 
 def main(cfg: MetricsConfig) -> None:

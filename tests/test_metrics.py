@@ -368,8 +368,8 @@ def test_clip_scores_by_their_formulas():
 def test_what_cannot_be_scored_raises():
     for hypotheses, references, message in [
         ({}, REFS, "no captions"),
-        ({9: "a"}, REFS, "no references for image 9"),
-        ({1: "a"}, {1: []}, "no references for image 1"),
+        ({9: "a"}, REFS, "no references for 1 images, for example 9: add them"),
+        ({1: "a"}, {1: []}, "no references for 1 images, for example 1: add them"),
     ]:
         with pytest.raises(UserError, match=message):
             metrics.score(hypotheses, references)
@@ -507,8 +507,8 @@ def test_java_tokenizes_the_captions_whose_document_frequencies_count(
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        (rows(HYPS) + rows({2: "again"}), "image 2 has several captions"),
-        (rows({**HYPS, 77: "a"}), "no references for image 77"),
+        (rows(HYPS) + rows({2: "again"}), "several captions of 1 images, for example '2': give"),
+        (rows({**HYPS, 77: "a"}), "no references for 1 images, for example '77': add"),
         ([], "holds no captions"),
         ({"captions": []}, "holds no captions"),
         ([{"image_id": 1}], "entry 0 lacks image_id .* or caption"),
