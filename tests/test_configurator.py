@@ -205,7 +205,7 @@ def test_words_without_dashes_set_the_positional_settings_in_order(capsys):
         return line_of(capsys, *argv, cls=Sampling, files=False, positional=positional)
 
     assert refused("c.pt", "3", "x") == "unexpected argument `x`: see --help"
-    assert refused("c.pt", "-x", "3").startswith("unexpected argument `-x`: ")
+    assert refused("c.pt", "-x", "3") == "unexpected argument `-x`: see --help"
     assert refused("c.pt", "six") == "--beams: expected an int, got `six`"
     assert refused("--verbose") == "--ckpt is required"
 
