@@ -114,19 +114,25 @@ def main(cfg: SampleConfig) -> dict:
     exported = Path(cfg.ckpt) / "model.safetensors"
     if exported.is_file():
         cfg = replace(cfg, ckpt=str(exported))
-    out = output_path(cfg)
+    if cfg.split and not cfg.out_json:
+        out = Path(cfg.ckpt).parent / cfg.split / "predictions.json"
+        cfg = replace(cfg, out_json=str(out))
+    if cfg.out_json and not cfg.out_csv:
+        cfg = replace(cfg, out_csv=str(Path(cfg.out_json).with_suffix(".csv")))
     with contextlib.ExitStack() as stack:
-        for path in filter(None, (out, cfg.out_csv)):
+        for path in filter(None, (cfg.out_json, cfg.out_csv)):
+            if Path(path).is_dir():
+                raise UserError(f"{path} is a folder: give the name of a file")
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
-        return caption_and_score(cfg, out)
+        return caption_and_score(cfg)
 
 
-def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
+def caption_and_score(cfg: SampleConfig) -> dict:
     """Do what `main` does, when it owns the output files."""
     tracker = Tracker(cfg.track, {}, Path(cfg.ckpt).parent, "", resume=True)
     captioner = Captioner(cfg)
     source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
-    results = Results(out, captioner.signature() | source.signature())
+    results = Results(cfg.out_json, captioner.signature() | source.signature())
     first = len(results.entries)
     if first:
         print(f"resuming after {first} images in {results.path}")
@@ -142,13 +148,19 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
         scores = score(predictions, cfg, captioner.training[1])
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
-    write_files(cfg, out, predictions)
+    files = {cfg.out_json: json.dumps(predictions), cfg.out_csv: as_csv(predictions)}
+    for path, content in files.items():
+        if path:
+            write_text(path, content)
+            print(f"wrote {path}")
     results.finish()
     if cfg.gallery and predictions:
-        page = (out or Path("predictions.json")).parent / "gallery.html"
+        page = Path(cfg.out_json).parent / "gallery.html"
         title = f"{captioner.meta.dataset} {cfg.split}".strip()
         missing = gallery.write(predictions, page, title=title)
-        print(f"wrote {page}, {len(missing)} images not found")
+        print(f"wrote {page}")
+        if missing:
+            print(f"{len(missing)} images not found: set --images to show them in the gallery")
         tracker.artifact(page)
         tracker.close()
     new = sum("skipped" not in entry for entry in results.entries[first:])
@@ -167,18 +179,16 @@ def caption_and_score(cfg: SampleConfig, out: Path | None) -> dict:
 
 def caption_all(cfg: SampleConfig, captioner: "Captioner", source, results: "Results") -> None:
     """Caption the items that have no results yet, a batch at a time."""
-    items = source.items
     done = len(results.entries)
-    batches = [items[i : i + cfg.batch_size] for i in range(done, len(items), cfg.batch_size)]
+    items = source.items[done:]
+    batches = [items[i : i + cfg.batch_size] for i in range(0, len(items), cfg.batch_size)]
     disable = bool(cfg.image) or None  # image files have a line each instead
-    bar = tqdm(total=len(items), initial=done, unit="image", disable=disable)
+    bar = tqdm(total=len(source.items), initial=done, unit="image", disable=disable)
     for batch, (embeddings, bad) in zip(batches, source.embeddings(batches), strict=True):
-        readable = [i for i in range(len(batch)) if i not in bad]
-        predictions = captioner.caption(embeddings, [batch[i] for i in readable])
-        entries = dict(zip(readable, predictions, strict=True))
-        for i, reason in bad.items():
-            entries[i] = {"skipped": f"{batch[i]['path']}: {reason}"}
-        results.add([entries[i] for i in range(len(batch))])
+        skipped = [{"skipped": f"{batch[i]['path']}: {reason}"} for i, reason in bad.items()]
+        readable = [item for i, item in enumerate(batch) if i not in bad]
+        predictions = captioner.caption(embeddings, readable)
+        results.add(predictions + skipped)
         if cfg.image:
             for p in predictions:
                 for caption in p.get("n_best", [p]):
@@ -231,7 +241,7 @@ class Captioner:
         if not path.is_file():
             return [], []
         references, _ = metrics.read_references(path)
-        captions = list(references.values())
+        captions = list(references.values())  # in the images' order: all of them have captions
         return captions, metrics.token_strings(captions, tokens=self.cfg.tokens)
 
     def signature(self) -> dict:
@@ -245,22 +255,25 @@ class Captioner:
         return settings
 
     def caption(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
-        """Return predictions of images from their embeddings (B, P, D)."""
+        """Return entries of predictions.json for images, from their embeddings (B, P, D)."""
         if not items:
             return []
         embeddings = embeddings.to(self.device.torch_device)
         if self.cfg.method == "nearest":
             borrowed = self.neighbours.borrow(embeddings)
             best = [texts[self.cider.agreement(strings).argmax()] for texts, strings in borrowed]
-            predictions = [self.entry(*each) for each in zip(items, best, strict=True)]
+            predictions = [{"caption": caption} for caption in best]
         else:
             predictions = self.decode(embeddings, items)
+        predictions = [item | p for item, p in zip(items, predictions, strict=True)]
+        for p in predictions:
+            del p["number"]
         if self.cfg.clip_score:
             self.add_clip_scores(embeddings, predictions)
         return predictions
 
     def decode(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
-        """Return predictions with captions by the model."""
+        """Return the model's best caption of each image, and what the gallery shows of it."""
         numbers = [item["number"] for item in items]
         with self.device.autocast():
             captions = generate(
@@ -269,12 +282,12 @@ class Captioner:
             )  # fmt: skip
         if self.cfg.rerank != "none":
             captions = self.rerank(embeddings, items, captions)
-        predictions = [self.prediction(*each) for each in zip(items, captions, strict=True)]
+        predictions = list(map(self.prediction, captions))
         if self.cfg.attention:
             maps = self.attention(embeddings, [best.ids for best, *_ in captions])
             side = math.isqrt(self.meta.n_positions) * self.model.cfg.is_grid
-            for prediction, attention in zip(predictions, maps, strict=True):
-                prediction |= {"attention": attention, "grid": side}
+            for p, attention in zip(predictions, maps, strict=True):
+                p |= {"attention": attention, "grid": side}
         return predictions
 
     def rerank(self, embeddings, items, captions: list[list[Caption]]) -> list[list[Caption]]:
@@ -304,27 +317,23 @@ class Captioner:
             texts = self.clip.texts([p["caption"], *p["references"]])
             p["scores"] = metrics.clip_score(image, texts[0], texts[1:])
 
-    def entry(self, item: dict, caption: str) -> dict:
-        """Return an entry of predictions.json: COCO's two keys, and what is known of the image."""
-        entry = {"image_id": item["image_id"], "caption": caption} | item
-        del entry["number"]
-        return entry
-
-    def prediction(self, item: dict, captions: list[Caption]) -> dict:
-        """Return an entry with what the gallery shows of the model's captions."""
-        best = captions[0]
+    def prediction(self, captions: list[Caption]) -> dict:
+        """Return an image's captions, the best first, for predictions.json."""
         n_best = [
             {"caption": self.tokenizer.decode(caption.ids), "logprob": round(caption.logprob, 4)}
             for caption in captions
         ]
-        entry = self.entry(item, n_best[0]["caption"])
-        entry["tokens"] = self.tokenizer.pieces(best.ids)
-        entry["logprobs"] = [round(logprob, 4) for logprob in best.logprobs]
+        best = captions[0]
+        prediction = {
+            "caption": n_best[0]["caption"],
+            "tokens": self.tokenizer.pieces(best.ids),
+            "logprobs": [round(logprob, 4) for logprob in best.logprobs],
+        }
         if not best.ended:
-            entry["cut"] = True
+            prediction["cut"] = True
         if len(captions) > 1:
-            entry["n_best"] = n_best
-        return entry
+            prediction["n_best"] = n_best
+        return prediction
 
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
         """Return, for each caption's tokens, the weights of the P prefix positions."""
@@ -351,22 +360,20 @@ class SplitSource:
     def __init__(self, cfg: SampleConfig, captioner: Captioner):
         self.split = captioner.split(cfg.split)
         folder = cfg.images or self.split.meta.images or str(self.split.folder / "images")
-        self.folder = Path(folder.replace("{split}", cfg.split))
+        folder = Path(folder.replace("{split}", cfg.split))
         images, references = self.split.references()
         self.items = []
         for number, (image, captions) in enumerate(zip(images, references, strict=True)):
-            name = image["file_name"]
-            item = {"number": number, "image_id": image["id"], "file_name": name, "path": ""}
-            if (self.folder / name).is_file():
-                item["path"] = str(self.folder / name)
-            item["references"] = captions
+            item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
+            item |= {"path": "", "references": captions}
+            if (folder / image["file_name"]).is_file():
+                item["path"] = str(folder / image["file_name"])
             if image.get("facts"):
                 item["facts"] = {"true": image["facts"]}
             self.items.append(item)
 
     def signature(self) -> dict:
-        images = str(self.folder)
-        return {"data": self.split.meta.files, "split": self.split.name, "images": images}
+        return {"dataset": self.split.meta.files}
 
     def embeddings(self, batches: list[list[dict]]) -> Iterator[tuple[torch.Tensor, dict]]:
         """Yield the embeddings of each batch, and the reason for each image that has none."""
@@ -380,23 +387,22 @@ class FileSource:
     def __init__(self, cfg: SampleConfig, captioner: Captioner):
         from parts.encoder import Encoder, find_images
 
-        self.cfg, meta = cfg, captioner.meta
+        meta = captioner.meta
+        self.workers = cfg.workers
         files, self.others = find_images(cfg.image)
         # Names below the one folder that was given, or as given: no two images have the same.
         folder = f"{Path(cfg.image[0])}/" if len(cfg.image) == 1 else ""
-        self.items = [
-            {"number": i, "image_id": i, "file_name": path.removeprefix(folder), "path": path,
-             "references": []}
-            for i, path in enumerate(map(str, files))
-        ]  # fmt: skip
+        self.items = []
+        for number, path in enumerate(map(str, files)):
+            item = {"number": number, "image_id": number, "file_name": path.removeprefix(folder)}
+            self.items.append(item | {"path": path, "references": []})
         if not meta.encoder:
             raise UserError(
                 f"{cfg.ckpt} was trained on embeddings of your own, which no encoder here can "
                 f"make: use --split"
             )
-        self.encoder = Encoder(
-            cfg.clip or meta.encoder, meta.features, meta.grid, captioner.device.torch_device
-        )
+        name = cfg.clip or meta.encoder
+        self.encoder = Encoder(name, meta.features, meta.grid, captioner.device.torch_device)
         gives = f"{self.encoder.n_positions} x {self.encoder.embedding_dim} ({self.encoder.kind})"
         needs = f"{meta.n_positions} x {meta.embedding_dim} ({meta.encoder_kind})"
         if gives != needs:
@@ -409,12 +415,12 @@ class FileSource:
         paths = [item["path"] for item in self.items]
         stats = [os.stat(path) for path in paths if os.path.exists(path)]
         made = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return {"encoder": self.encoder.digest(), "images": paths, "made": made}
+        return {"encoder": self.encoder.digest(), "files": paths, "made": made}
 
     def embeddings(self, batches: list[list[dict]]) -> Iterator[tuple[torch.Tensor, dict]]:
         """Yield the embeddings of each batch, and the reason for each file that has none."""
         files = [[(item["path"],) for item in batch] for batch in batches]
-        return self.encoder.stream(files, workers=min(self.cfg.workers, max(0, len(files) - 1)))
+        return self.encoder.stream(files, self.workers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,30 +428,29 @@ class FileSource:
 
 
 class Results:
-    """Entries in the items' order, saved next to `out` as they come; not saved if it is None.
+    """Entries of the items, saved next to `out` batch by batch; not saved if it is empty.
 
     signature: what they depend on. Saved entries of another signature are not resumed.
     """
 
-    def __init__(self, out: Path | None, signature: dict):
+    def __init__(self, out: str, signature: dict):
         self.entries: list[dict] = []
         self.path = None
         if not out:
             return
-        self.path = out.with_name(f"{out.name}.partial.jsonl")
-        header = json.dumps(signature, sort_keys=True)
-        lines = []
+        self.path = Path(f"{out}.partial.jsonl")
+        lines = [json.dumps(signature, sort_keys=True)]
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # the last is torn
-        if lines[:1] == [header]:
-            self.entries = [json.loads(line) for line in lines[1:]]
-        saved = [header, *map(json.dumps, self.entries)]
-        write_text(self.path, "".join(f"{line}\n" for line in saved))
+            saved = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # the last is torn
+            if saved[:1] == lines:
+                lines = saved
+        self.entries = [entry for line in lines[1:] for entry in json.loads(line)]
+        write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def add(self, entries: list[dict]) -> None:
         self.entries += entries
         if self.path:
-            append(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+            append(self.path, json.dumps(entries) + "\n")
 
     def finish(self) -> None:
         """Delete the saved entries: the output files hold them now."""
@@ -475,30 +480,6 @@ def score(predictions: list[dict], cfg: SampleConfig, training: list[list[str]])
             p["facts"]["stated"] = sorted(shapes.stated_facts(p["caption"]))
         line["facts"] = shapes.score_facts(list(hypotheses.values()), true_facts)
     return line
-
-
-def output_path(cfg: SampleConfig) -> Path | None:
-    """Return where predictions.json goes, None if nowhere. Raise UserError for a folder."""
-    for path in (cfg.out_json, cfg.out_csv):
-        if path and Path(path).is_dir():
-            raise UserError(f"{path} is a folder: give the name of a file")
-    if cfg.out_json:
-        return Path(cfg.out_json)
-    if cfg.split:
-        return Path(cfg.ckpt).parent / cfg.split / "predictions.json"
-    return None
-
-
-def write_files(cfg: SampleConfig, out: Path | None, predictions: list[dict]) -> None:
-    """Write predictions.json and .csv, as far as they are asked for."""
-    table = cfg.out_csv
-    if out:
-        write_text(out, json.dumps(predictions))
-        print(f"wrote {out}")
-        table = table or out.with_suffix(".csv")
-    if table:
-        write_text(table, as_csv(predictions))
-        print(f"wrote {table}")
 
 
 def as_csv(predictions: list[dict]) -> str:
