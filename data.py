@@ -23,16 +23,7 @@ import sentencepiece
 import torch
 
 from configurator import from_dict
-from parts.common import (
-    UserError,
-    fingerprint,
-    prefetch,
-    printable,
-    read_json,
-    replacing,
-    sha256,
-    write_text,
-)
+from parts.common import UserError, fingerprint, prefetch, read_json, replacing, sha256, write_text
 from parts.gpt2 import BytePairs
 
 # ---------------------------------------------------------------------------------------------
@@ -377,7 +368,7 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
         lengths.append(np.array([1 + len(ids) for ids in encoded], np.int64))
     if changed:
         example = "`{}` to `{}`".format(*changed[0])
-        print(printable(f"{split}: the tokenizer changes {len(changed)} captions, first {example}"))
+        print(f"{split}: the tokenizer changes {len(changed)} captions, first {example}")
     tokens = np.concatenate(tokens)
     lengths = np.concatenate(lengths)
     per_image = np.array([len(record.captions) for record in records], np.int64)
