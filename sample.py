@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import gallery
@@ -337,15 +338,11 @@ class Captioner:
 
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
         """Return, for each caption's tokens, the weights of the P prefix positions."""
-        longest = max(1, *map(len, captions))
-        tokens = torch.full((len(captions), longest), self.tokenizer.bos)
-        for row, ids in zip(tokens, captions, strict=True):
-            row[1 : len(ids)] = torch.tensor(ids[:-1])
-        weights = self.model.prefix_attention(embeddings, tokens.to(embeddings.device))
-        return [
-            [[round(weight, 4) for weight in token] for token in row[: len(ids)]]
-            for row, ids in zip(weights.tolist(), captions, strict=True)
-        ]
+        inputs = [torch.tensor([self.tokenizer.bos, *ids[:-1]]) for ids in captions]
+        tokens = pad_sequence(inputs, batch_first=True).to(embeddings.device)
+        weights = self.model.prefix_attention(embeddings, tokens)  # (B, S, P)
+        weights = weights.cpu().double().round(decimals=4)
+        return [row[: len(ids)].tolist() for row, ids in zip(weights, captions, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------
