@@ -172,10 +172,8 @@ class Training:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        options = dict(
-            weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2),
-            fused=device.type != "mps",
-        )  # fmt: skip
+        betas = (cfg.beta1, cfg.beta2)
+        options = dict(weight_decay=cfg.weight_decay, betas=betas, fused=device.type != "mps")
         if cfg.optimizer == "muon":
             inner = [p for p in self.model.transformer.h.parameters() if p.dim() == 2]
             self.optimizer = Muon(groups, inner, **options)
@@ -201,9 +199,7 @@ class Training:
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device, self.signals)
         if len(set(device.gather(self.progress.step))) > 1:
-            raise UserError(
-                f"{self.last_path} is not the same on every machine: all must share its folder"
-            )
+            raise UserError(f"{self.last_path} is not the same on every machine: share its folder")
         # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
         #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
         self.wrapped = device.wrap(self.model, cfg.compile)
@@ -333,14 +329,13 @@ class Training:
         state = self.load_weights(self.last_path, hint)
         if "optimizer" not in state:
             raise UserError(f"{self.last_path} holds no optimizer: only a last.pt can be resumed")
-        self.notes += checkpoint.changed_settings(
-            state["config"], asdict(self.cfg), but=("resume", "downloads")
-        )
+        now = asdict(self.cfg)
+        self.notes += checkpoint.changed_settings(state["config"], now, but=("resume", "downloads"))
         before = state["config"].get("optimizer", "adamw")
         if before != self.cfg.optimizer:
             raise UserError(f"{self.last_path} was written with --optimizer={before}: resume so")
-        own = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": own})
+        groups = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         random = state["random"]
@@ -348,8 +343,8 @@ class Training:
             self.device.set_random_states(random[self.device.rank])
         if len(random) != self.device.world or self.device.type not in random[0]:
             wrote = f"{len(random)} x {' '.join(random[0])}"
-            now = f"{self.device.world} x {self.device.type}"
-            self.notes.append(f"checkpoint from {wrote}, now {now}: random numbers will differ")
+            own = f"{self.device.world} x {self.device.type}"
+            self.notes.append(f"checkpoint from {wrote}, now {own}: random numbers will differ")
         self.progress = Progress.from_dict(state)
         return state["average"]
 
@@ -361,9 +356,8 @@ class Training:
         content = checkpoint.load(path)
         trained_on = Meta.from_dict(content["meta"], f"{path}: meta")
         self.split.meta.refuse_other(trained_on, path, hint)
-        changed = checkpoint.changed_settings(
-            content["model_config"], asdict(self.model.cfg), but=("dropout",)
-        )
+        now = asdict(self.model.cfg)
+        changed = checkpoint.changed_settings(content["model_config"], now, but=("dropout",))
         if changed:
             raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")
         checkpoint.fill(self.model, content["model"], path)
@@ -371,7 +365,7 @@ class Training:
 
     def introduce(self) -> None:
         """Say what is trained, where, and what the user may not expect."""
-        cfg, step = self.cfg, self.progress.step
+        cfg = self.cfg
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.log.say(
             f"{millions:.1f} M parameters, {len(self.split)} images, {self.order.per_epoch} steps "
@@ -379,16 +373,14 @@ class Training:
         )
         if cfg.objective == "scst":
             self.log.say(self.self_critical.signature())
-        if cfg.resume and step:
-            self.log.say(f"resumed from {self.last_path} at step {step}")
+        if cfg.resume and self.progress.step:
+            self.log.say(f"resumed from {self.last_path} at step {self.progress.step}")
         elif cfg.resume:
             self.log.say(f"no {self.last_path} yet: starting from scratch")
         for name in ("features", "grid", "normalize", "lowercase"):
-            asked, prepared = getattr(cfg, name), getattr(self.split.meta, name)
-            if asked != prepared:
-                self.notes.append(
-                    f"--{name}={asked} is ignored: {cfg.data_dir} was prepared with {prepared}"
-                )
+            prepared = getattr(self.split.meta, name)
+            if getattr(cfg, name) != prepared:
+                self.notes.append(f"using {name}={prepared}, as {cfg.data_dir} was prepared")
         for note in self.notes:
             self.log.say(f"    note: {note}")
 
