@@ -305,11 +305,6 @@ def test_a_start_without_a_dataset_does_nothing(capsys, argv):
             "--gradient_accumulation_steps=3",
             "batch_size: expected a multiple of gradient_accumulation_steps=3, got `64`",
         ),
-        ("--n_prefix=128", "--n_prefix: expected less than block_size=128, got `128`"),
-        (
-            "--features=grid --grid=12",
-            "--grid: expected grid * grid less than block_size=128, got `12`",
-        ),
         ("--n_emdb=3", "--n_emdb: no such setting, did you mean `--n_embd`?"),
         ("--out-dir=x", "--out-dir: no such setting, did you mean `--out_dir`?"),
         ("--qqq", "--qqq: no such setting"),
