@@ -394,10 +394,7 @@ class FileSource:
             item = {"number": number, "image_id": number, "file_name": path.removeprefix(folder)}
             self.items.append(item | {"path": path, "references": []})
         if not meta.encoder:
-            raise UserError(
-                f"{cfg.ckpt} was trained on embeddings of your own, which no encoder here can "
-                f"make: use --split"
-            )
+            raise UserError(f"{cfg.ckpt} takes embeddings of your own, not images: use --split")
         name = cfg.clip or meta.encoder
         self.encoder = Encoder(name, meta.features, meta.grid, captioner.device.torch_device)
         gives = f"{self.encoder.n_positions} x {self.encoder.embedding_dim} ({self.encoder.kind})"
