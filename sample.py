@@ -115,6 +115,9 @@ def main(cfg: SampleConfig) -> dict:
     exported = Path(cfg.ckpt) / "model.safetensors"
     if exported.is_file():
         cfg = replace(cfg, ckpt=str(exported))
+    for path in (cfg.out_json, cfg.out_csv):
+        if path.endswith("/") or os.path.isdir(path):
+            raise UserError(f"{path} is a folder: give the name of a file")
     if cfg.split and not cfg.out_json:
         out = Path(cfg.ckpt).parent / cfg.split / "predictions.json"
         cfg = replace(cfg, out_json=str(out))
@@ -122,8 +125,6 @@ def main(cfg: SampleConfig) -> dict:
         cfg = replace(cfg, out_csv=str(Path(cfg.out_json).with_suffix(".csv")))
     with contextlib.ExitStack() as stack:
         for path in filter(None, (cfg.out_json, cfg.out_csv)):
-            if Path(path).is_dir():
-                raise UserError(f"{path} is a folder: give the name of a file")
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
         return caption_and_score(cfg)
 

@@ -234,6 +234,8 @@ IDLE = [  # what would have been ignored, or found out after all work
     ),
     (dict(ckpt="out/tiny"), "out/tiny not found or a folder: give a file of train.py"),
     (dict(out_json="out"), "out is a folder: give the name of a file"),
+    (dict(out_csv="new/"), "new/ is a folder: give the name of a file"),
+    (dict(out_json=".."), ".. is a folder: give the name of a file"),
 ]
 
 
