@@ -135,13 +135,8 @@ class Config:
                 refuse(name, f"0 <= {name} < 1", getattr(self, name))
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.dataset):
             refuse("dataset", "a plain name, as in data/<name>", self.dataset)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
-            refuse("device", "auto, cpu, mps, cuda or cuda:<number>", self.device)
         if self.n_embd % self.n_head:
             refuse("n_embd", f"a multiple of n_head={self.n_head}", self.n_embd)
-        if self.batch_size % self.gradient_accumulation_steps:
-            steps = f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            refuse("batch_size", f"a multiple of {steps}", self.batch_size)
         if self.embeddings and not self.embedding_names:
             refuse("embedding_names", "a file with a name for each row of embeddings", "")
         if self.objective == "scst" and not (self.init_from or self.from_scratch):

@@ -61,7 +61,7 @@ def test_a_tiny_dataset_is_learned_by_heart(here):
     assert last["shuffled_loss"] != last["val_loss"] and 0 < last["distinct"] <= 1
 
 
-@pytest.mark.parametrize("processes, micro", [(0, 2), (0, 4), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("processes, micro", [(0, 2), (0, 3), (0, 4), (2, 1), (2, 2), (4, 1)])
 def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
     train.main(Config(**SMALL | dict(out_dir="one", max_iters=20)))
     cut = dict(out_dir="cut", max_iters=20, gradient_accumulation_steps=micro)
@@ -408,6 +408,7 @@ def test_the_learning_rate_warms_up_and_decays():
         (["--block_size=10"], "set --block_size="),
         (["--n_prefix=32"], "block_size=32 is too short for a prefix of 32 and a caption of"),
         (["--batch_size=4096"], "exceeds the 24 training images"),
+        (["--device=gpu"], "device=gpu: this PyTorch sees only"),
         (["--device=cuda"], "device=cuda:0: this PyTorch sees only cpu"),
         (["config/none.py"], "config/none.py"),
     ],
