@@ -52,9 +52,7 @@ class Split:
         for file in files_of(name):
             path = self.folder / file
             if not path.is_file() or fingerprint(path) != self.meta.files[file]["sample"]:
-                raise UserError(
-                    f"{path} is missing or not as prepare.py wrote it: run prepare.py again"
-                )
+                raise UserError(f"{path} is missing or was changed: run prepare.py again")
         model = (self.folder / "tokenizer.model").read_bytes()
         self.tokenizer = Tokenizer(model, self.meta.lowercase)
         self.embeddings = self._load("embeddings")
