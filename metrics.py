@@ -166,18 +166,16 @@ class CiderD:
         gram = gram[first]
         row = image[caption[first]] * 4 + order[first]
 
+        self.frequencies = self
         if document_frequencies is None:
             grams, df = np.unique(gram, return_counts=True)
             self.grams = np.append(grams, LAST)
             self.idf = np.log(n_images) - np.log(np.append(df, 1))  # the last: of unseen n-grams
-            self.df_images = n_images
+        elif document_frequencies.end != self.end:
+            raise ValueError("CIDEr-D: frequencies with and without the end token do not mix")
         else:
-            if document_frequencies.end != self.end:
-                raise ValueError("CIDEr-D: frequencies with and without the end token do not mix")
-            self.grams = document_frequencies.grams
-            self.idf = document_frequencies.idf
-            self.df_images = document_frequencies.df_images
-        idf = self.idf[look_up(self.grams, gram)]
+            self.frequencies = document_frequencies.frequencies
+        idf = self.frequencies.idf[look_up(self.frequencies.grams, gram)]
         squares = [np.bincount(row, (tf * idf) ** 2, n_images * 4) for tf in self.tf[:-1].T]
         self.norms = np.sqrt(squares).reshape(most, n_images, 4).transpose(1, 0, 2)
 
@@ -203,7 +201,7 @@ class CiderD:
         caption = caption[first]
         gram = gram[first]
         row = caption * 4 + order[first]
-        idf = self.idf[look_up(self.grams, gram)]
+        idf = self.frequencies.idf[look_up(self.frequencies.grams, gram)]
         norm = np.sqrt(np.bincount(row, (tf * idf) ** 2, n * 4)).reshape(n, 1, 4)
 
         pairs = gram * MULTIPLIER + images[caption].astype(np.uint64)
@@ -227,7 +225,7 @@ class CiderD:
         """
         n = len(candidates)
         group = [references or candidates]
-        others = CiderD(group, bool(self.end), document_frequencies=self, tokenize=self.tokenize)
+        others = CiderD(group, bool(self.end), self.frequencies, self.tokenize)
         scores = others.score([0] * n, candidates)
         if references is None:
             # without the score against itself: 10, less for a caption shorter than four words
@@ -397,7 +395,7 @@ def signature(
     refs = "-".join(map(str, sorted({min(counts), max(counts)})))
     df = f"references({sum(map(bool, references.values()))})"  # images whose n-grams are counted
     if document_frequencies is not None:
-        df = f"given({document_frequencies.df_images})"
+        df = f"given({len(document_frequencies.frequencies.counts)})"
     tok = {"words": "ptb-regex", "characters": "characters"}[tokens]
     if java:
         tok = "ptb-java"
@@ -419,10 +417,7 @@ def evaluate(
     tokens = options["tokens"]
     options["meteor"] = java_missing(tokens) is None
     if tokens == "words" and lack_spaces(hypotheses.values()):
-        print(
-            "these captions are in a script without spaces, of which the toolkit makes one token "
-            "per sentence: score characters, --tokens=characters"
-        )
+        print("captions in a script without spaces are one token each: set --tokens=characters")
     corpus, per_image = score(hypotheses, references, **options)
     (captions,) = token_strings([hypotheses.values()], tokens=tokens)
     known = list(itertools.chain.from_iterable(training))
