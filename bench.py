@@ -1,10 +1,11 @@
 """Benchmark training and decoding against the usual alternatives, interleaved.
 
-    python bench.py decode --ckpt out/flickr8k/ckpt.pt      # its weights, its own val images
-    python bench.py train                                   # COCO's sizes, synthetic captions
+    python bench.py train                                   # COCO's sizes, invented captions
     python bench.py train --quick                           # tiny: does it run?
     python bench.py train --like=clipcap --batch_size=8     # GPT-2 small, 40 captions per step
-    python bench.py scst --ckpt out/flickr8k/ckpt.pt        # a self-critical step
+    python bench.py scst --batch_size=16 --turns=5          # a self-critical step
+    python bench.py scst --ckpt out/flickr8k/ckpt.pt        # its weights, its own images
+    python bench.py decode --ckpt out/flickr8k/ckpt.pt      # likewise
     python bench.py gpu                                     # what a GPU does (bench_gpu.py)
     python bench.py parity                                  # the same run on CPU and GPU
 
@@ -15,35 +16,110 @@ as JSON. Needs transformers.
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
+import gc
 import itertools
 import json
 import multiprocessing
 import platform
+import re
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import train as training
 from configurator import Config, configure, one_of, within
-from data import Order, Split
+from data import Meta, Order, Split, pack_rows, write_array, write_split
 from decode import Decoding, default_max_len, generate, load_captioner
-from model import ClipLM, ModelConfig, loss_sum
+from model import ClipLM, loss_sum
 from parts.common import UserError, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
 from parts.encoder import extras
 from parts.gpt2 import as_gpt2
 from parts.log import training_flops
+from parts.sources import Record
+from prepare import train_tokenizer
 from selfcritical import SelfCritical
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    device: str = "auto"  # auto cpu mps cuda cuda:1
+    quick: bool = False  # tiny sizes: does it run?
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int:
+                within(self, name, 1, 10**6)
+        if hasattr(self, "dtype"):
+            one_of(self, "dtype", "auto bfloat16 float16 float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBench(Bench):
+    batch_size: int = 64  # images per step
+    n_layer: int = 6  # decoder blocks
+    n_head: int = 8  # attention heads per block
+    n_embd: int = 512  # width of the decoder
+    vocab_size: int = 8192  # subwords
+    like: str = "coco"  # or clipcap: GPT-2 small in place of these sizes, and only P = 10, R = 5
+    P: tuple[int, ...] = (10, 50)  # prefix embeddings: 10 of a pooled embedding, 50 of a grid
+    R: tuple[int, ...] = (5, 1)  # captions per image
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of autocast
+    steps: int = 1  # per turn: several, so that a GPU never waits
+    compile: bool = False  # time compiled models too
+    turns: int = 5  # of each contestant
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, "like", "coco clipcap")
+        within(self, "vocab_size", 256)
+
+    def resized(self) -> "TrainBench":
+        """Return the settings with tiny sizes if it is quick, or with GPT-2 small's."""
+        if self.quick:
+            tiny = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=512)
+            return replace(self, batch_size=8, turns=2, **tiny)
+        if self.like == "clipcap":
+            small = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
+            return replace(self, P=(10,), R=(5,), **small)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCriticalBench(Bench):
+    ckpt: str = ""  # one that train.py wrote; empty: train's model learns invented captions first
+    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
+    batch_size: int = 16  # images per step
+    samples: int = 5  # captions of each
+    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
+    turns: int = 5  # of each contestant
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBench(Bench):
+    ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
+    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
+    images: int = 256  # of its val split
+    batches: tuple[int, ...] = (1, 64, 256)  # images per batch
+    rounds: int = 24  # batches per turn, as far as there are images
+    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
+    turns: int = 5  # of each contestant
+
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
@@ -51,24 +127,13 @@ from selfcritical import SelfCritical
 
 def hardware(device: Device) -> str:
     """Return a line that describes the machine."""
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = (*names, name)[0]
     if device.type == "cuda":
         name += f", {torch.cuda.get_device_name(device.torch_device)}"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def peak_mb(device: Device) -> float:
-    """Return the most memory that this process has held so far: the GPU's, or else its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
-    lines = status.read_text().splitlines()  # on Linux, getrusage would count the parent's too
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def interleave(device: Device, contestants: dict, turns: int) -> dict[str, list[float]]:
@@ -84,28 +149,414 @@ def interleave(device: Device, contestants: dict, turns: int) -> dict[str, list[
     return {name: times[1:] for name, times in seconds.items()}
 
 
+def attempt(name: str, work: Callable, failed: list[str]):
+    """Return what `work()` returns, or None after printing why it failed. Free its memory."""
+    result = None
+    try:
+        result = work()
+    except Exception:  # noqa: BLE001 - whatever it is, what follows is still measured
+        failed.append(name)
+        print(f"FAILED: {name}\n{traceback.format_exc()}", flush=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result
+
+
 def summary(values: Iterable[float]) -> dict[str, float]:
-    values = list(values)
+    values = [float(value) for value in values]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def show(figures: dict[str, float], form: str = ".1f") -> str:
-    return f"{figures['median']:{form}} ({figures['min']:{form}}–{figures['max']:{form}})"
-
-
-def speeds(seconds: dict[str, list[float]], captions: int) -> list[dict]:
-    """Return and print each contestant's captions per second, and its time divided by ours."""
+def speeds(case: str, seconds: dict[str, list[float]], items: int) -> list[dict]:
+    """Return a row per contestant: its captions or images per second, `items` in a turn, and its
+    time divided by ours."""
     rows = []
     for name, times in seconds.items():
+        per_s = summary(items / time_ for time_ in times)
         ratio = summary(b / a for a, b in zip(seconds["ours"], times, strict=True))
-        per_second = summary(captions / time_ for time_ in times)
-        rows.append({"contestant": name, "captions_per_s": per_second, "times_ours": ratio})
-        print(f"  {name:<16}{show(per_second):>28} per s    x {show(ratio, '.2f')}")
+        rows.append({"case": case, "contestant": name, "per_s": per_s, "times_ours": ratio})
     return rows
 
 
+def show(value) -> str:
+    """Return a number with four digits or more, a summary as median (minimum–maximum)."""
+    if isinstance(value, dict):
+        median, least, most = map(show, value.values())
+        return f"{median} ({least}–{most})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def table(rows: list[dict]) -> str:
+    """Return rows as a Markdown table, with a column per key of the first row."""
+    names = list(rows[0])
+    cells = [[name.replace("_", " ") for name in names]]
+    cells += [[show(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "---|" * len(names))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------
-# The peer: transformers' GPT-2 with our weights, fed our prefix as ClipCap feeds it
+# Invented captions, and runs of train.py on them
+
+
+def invent(
+    folder: Path, images: int, vocab_size: int, R: int = 5, positions: int = 1, width: int = 512
+) -> None:
+    """Write a dataset of invented captions, R per image, as long as COCO's.
+
+    An image has one of 200 topics, which its embedding (positions, width) shows. The topic says
+    which forty tokens its captions use and how long they are, so that a model soon learns to end.
+    A dataset that is there already is kept.
+    """
+    if folder.is_dir():
+        return
+    rng = np.random.default_rng(0)
+    syllables = [c + v for c in "bcdfghjklmnprstvwz" for v in "aeiou"]
+    words = ["".join(three) for three in rng.choice(syllables, (vocab_size, 3))]
+    tokenizer = train_tokenizer(words, vocab_size)
+    begins = [i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\u2581")]
+    tokens_of = rng.choice(begins, (200, 40))
+    length_of = 8 + rng.gamma(4, 1, 200)  # with the tail: mean 12.1 tokens, std 2.4, at most 50
+    frequencies = 1 / np.arange(1, 41)
+    frequencies /= frequencies.sum()
+    embedding_of = rng.standard_normal((200, positions, width)).astype(np.float16)
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    counts = {}
+    for split, n in (("train", images), ("val", max(8, images // 8))):
+        topic = rng.integers(200, size=n)
+        lengths = length_of[topic, None] + rng.integers(-1, 2, size=(n, R))
+        in_tail = rng.random(lengths.shape) < 0.01
+        lengths[in_tail] = 16 + rng.exponential(6, in_tail.sum())
+        lengths = lengths.round().clip(5, 50).astype(np.int64)
+        records = []
+        for i in range(n):
+            ids = rng.choice(tokens_of[topic[i]], lengths[i].sum(), p=frequencies)
+            captions = [part.tolist() for part in np.split(ids, lengths[i].cumsum()[:-1])]
+            texts = tokenizer.sp.decode(captions)
+            records.append(Record(i, f"{split}{i}.jpg", texts, tokens=captions))
+        noise = 0.3 * rng.standard_normal((n, 1, width))
+        embeddings = embedding_of[topic] + noise.astype(np.float16)
+        write_array(folder / f"{split}_embeddings.npy", embeddings)
+        counts[split] = write_split(folder, split, records, tokenizer)
+    features = "grid" if positions > 1 else "pooled"
+    meta = Meta(
+        dataset="invented", source="", captions="", images="", encoder="", features=features,
+        grid=0, n_positions=positions, embedding_dim=width, normalize=True, lowercase=False,
+        vocab_size=len(tokenizer), splits=counts,
+    )  # fmt: skip
+    meta.write(folder)
+
+
+def settings_of(cfg: TrainBench, data: Path, P: int = 10, **changes) -> dict:
+    """Return train.py's settings of a run on invented captions with this decoder."""
+    return dict(
+        dataset="invented", data=str(data), n_prefix=P, block_size=P + 56, n_layer=cfg.n_layer,
+        n_head=cfg.n_head, n_embd=cfg.n_embd, batch_size=cfg.batch_size, device=cfg.device,
+        dtype=cfg.dtypes[0], eval_images=256,
+    ) | changes  # fmt: skip
+
+
+def practise(cfg: TrainBench, folder: Path, **changes) -> tuple[Config, dict]:
+    """Let train.py learn invented captions for a moment. Return its settings and last scores."""
+    invent(folder / "data", 32 * cfg.batch_size, cfg.vocab_size)
+    settings = settings_of(cfg, folder / "data", out_dir=f"{folder}/run", **changes)
+    run_config = Config(**settings)
+    return run_config, training.main(run_config)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training: contestants take steps on as many captions
+
+CONTESTANTS = ("ours", "padded", "transformers")
+
+
+class Trainee:
+    """A contestant: a model, its optimizer, and the batches of its turns.
+
+    ours: packed rows, in batches of images of similar length, as in train.py.
+    padded: the same model on separate examples, padded to the longest of their batch.
+    transformers: GPT-2 on separate examples, all padded to one length as ClipCap does, ten
+        standard deviations above the mean.
+
+    Separate examples are those of random images. "ours compiled" and "padded compiled" call a
+    compiled model, which on a CPU is only traced.
+    """
+
+    def __init__(self, name: str, cfg: Config, turns: int, steps: int):
+        keep_freed_memory()  # as train.py does
+        self.way, _, compiled = name.partition(" ")
+        self.device = Device(cfg.device, cfg.dtype)
+        self.split = Split(cfg.data_dir, "train")
+        torch.manual_seed(0)
+        with self.device.torch_device:  # a GPU draws the weights sooner than a CPU
+            self.model = ClipLM(training.model_config(cfg, self.split.meta))
+        if self.way == "transformers":
+            self.model = ClipCap(self.model)
+        self.called = self.model
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # all cases compile the same function
+            backend = "inductor" if self.device.type == "cuda" else "eager"
+            self.called = torch.compile(self.model, dynamic=True, backend=backend)
+        self.optimizer = adamw(self.model, self.device, 1e-4)
+        self.order = Order(0, self.split.lengths, cfg.batch_size)
+        self.ready = []
+        for turn in range(turns):
+            numbers = range(turn * steps, (turn + 1) * steps)
+            self.ready.append([self.rows(self.images(step)) for step in numbers])
+
+    def images(self, step: int) -> np.ndarray:
+        """Return the images of a step: of similar length for packed rows, or random ones."""
+        images = self.order.batch(step)
+        if self.way == "ours":
+            return images
+        return np.random.default_rng(step).permutation(len(self.split))[: len(images)]
+
+    def rows(self, images: np.ndarray) -> dict:
+        """Return packed rows of the images, or a row for each of their captions."""
+        split = self.split
+        if self.way == "ours":
+            return split.pack(images)
+        captions = np.concatenate([split.caption_tokens(image) for image in images])
+        width = 0
+        if self.way == "transformers":
+            lengths = np.diff(split.caption_start)
+            width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
+        embeddings = split.embedding(np.repeat(images, split.n_captions[images]))
+        return {"embeddings": embeddings, **pad_rows(captions, split.tokenizer, width)}
+
+    def turn(self, turn: int) -> None:
+        for batch in self.ready[turn]:
+            update(self.called, self.optimizer, batch, self.device)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Return the loss on the same captions for all contestants, without dropout."""
+        images = self.order.batch(0)
+        self.model.eval()
+        with self.device.autocast():
+            loss = loss_sum(self.model, self.device.put(self.rows(images)))
+        self.model.train()
+        return loss.item() / int(self.split.lengths[images].sum())
+
+    def flops(self) -> np.ndarray:
+        """Return the useful operations of each turn; those of separate examples are as many."""
+        tokens = [sum(len(batch["targets"]) for batch in turn) for turn in self.ready]
+        images = self.order.batch_size * len(self.ready[0])
+        return np.array([training_flops(self.model, images, n) for n in tokens])
+
+
+class ClipCap(torch.nn.Module):
+    """GPT-2 with our weights, fed our prefix as ClipCap feeds it. Called as ClipLM is."""
+
+    def __init__(self, model: ClipLM):
+        super().__init__()
+        self.gpt2 = as_gpt2(model)
+        self.prefix = model
+        del model.transformer, model.lm_head  # what is left is the mapper
+
+    def forward(self, embeddings, tokens, segments, positions, targets_at):
+        prefix = self.prefix.project(embeddings)
+        words = self.gpt2.transformer.wte(tokens)
+        inputs = torch.cat((prefix.to(words.dtype), words), 1)
+        P = prefix.size(1)
+        mask = F.pad(segments == 1, (P, 0), value=True)
+        logits = self.gpt2(inputs_embeds=inputs, attention_mask=mask).logits[:, P:]
+        return logits.flatten(0, 1)  # (N * S, V): targets_at is all of them
+
+
+def pad_rows(captions: np.ndarray, tokenizer, width: int = 0) -> dict[str, torch.Tensor]:
+    """Return a padded row per caption, as the usual loss takes them: with a target everywhere.
+
+    Args:
+        captions: their ids end to end, bos caption bos caption ...
+        width: of the rows; 0: the longest caption.
+
+    The targets of padding are -100, which do not count.
+    """
+    starts = np.flatnonzero(captions == tokenizer.bos)
+    rows = pack_rows(captions, np.diff(starts, append=len(captions)), tokenizer)
+    missing = max(0, width - rows["tokens"].size(1))
+    for name in ("tokens", "segments", "positions"):
+        rows[name] = F.pad(rows[name], (0, missing))
+    targets = torch.full(rows["tokens"].shape, -100)
+    targets[rows["segments"] == 1] = rows["targets"]
+    return rows | {"targets": targets.flatten(), "targets_at": torch.arange(targets.numel())}
+
+
+def adamw(model: torch.nn.Module, device: Device, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type != "mps")
+
+
+def update(model: torch.nn.Module, optimizer, batch: dict, device: Device) -> None:
+    """Take a training step, as train.py does."""
+    with device.autocast():
+        loss = loss_sum(model, device.put(batch))
+    (loss / len(batch["targets"])).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def peak_mb(device: Device) -> float:
+    """Return the most memory that this process has held so far: the GPU's, or else its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+    lines = status.read_text().splitlines()  # on Linux, getrusage would count the parent's too
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def peak_memory(name: str, cfg: Config, steps: int) -> float:
+    """Return the MB that a contestant and three turns take at most, beyond the libraries.
+
+    A GPU's peak can be reset. On a CPU, this is meant for a fresh process.
+    """
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - all contestants pay for it
+
+    device = Device(cfg.device, cfg.dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_mb(device)
+    trainee = Trainee(name, cfg, 3, steps)
+    for turn in range(3):
+        trainee.turn(turn)
+    return peak_mb(device) - before
+
+
+def in_fresh_process(work: Callable):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(work).result()
+
+
+def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[dict]:
+    """Return a row per contestant: speed, loss on the same captions, memory. One that fails in
+    its first turns, in which compiled models compile, is left out."""
+    title = f"P = {cfg.n_prefix}, R = {R}, {cfg.batch_size} images, {cfg.dtype}"
+    device = Device(cfg.device, cfg.dtype)
+    peaks: dict[str, float] = {}
+    trainees = {}
+    for name in (*CONTESTANTS, *("ours compiled", "padded compiled") * bench.compile):
+        measure = partial(peak_memory, name, cfg, bench.steps)
+        if device.type != "cuda" and not bench.quick:
+            measure = partial(in_fresh_process, measure)
+        peaks[name] = attempt(f"{title}, {name}", measure, failed)
+        if peaks[name] is not None:
+            trainees[name] = Trainee(name, cfg, bench.turns, bench.steps)
+    losses = {name: trainee.loss() for name, trainee in trainees.items()}
+    rates: list[float] = []
+    contestants = {name: trainee.turn for name, trainee in trainees.items()}
+    contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
+    seconds = interleave(device, contestants, bench.turns)
+    del seconds["machine"]
+    rows = speeds(title, seconds, bench.steps * cfg.batch_size * R)
+    for row in rows:
+        name = row["contestant"]
+        row["ms_per_step"] = summary(1e3 * time_ / bench.steps for time_ in seconds[name])
+        row["mfu"] = summary(trainees["ours"].flops() / seconds[name] / statistics.median(rates))
+        row["loss"] = losses[name]
+        row["peak_mb"] = peaks[name]
+    print(f"\n{table(rows)}", flush=True)
+    return rows
+
+
+def train(cfg: TrainBench) -> dict:
+    """Compare our step with the same model on padded examples, and with transformers' GPT-2."""
+    cfg = cfg.resized()
+    about = {"hardware": hardware(Device(cfg.device, "float32"))}
+    about |= {name: getattr(cfg, name) for name in ("n_layer", "n_embd", "vocab_size")}
+    print(*about.values(), sep=", ")
+    rows: list[dict] = []
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for P, R, dtype in itertools.product(cfg.P, cfg.R, cfg.dtypes):
+            data = Path(folder, f"{P}x{R}")
+            shape = (50, 768) if P == 50 else (1, 512)
+            invent(data, 32 * cfg.batch_size, cfg.vocab_size, R, *shape)
+            settings = settings_of(cfg, data, P, dtype=dtype, dropout=0.1)
+            rows += compare(cfg, Config(**settings), R, failed)
+    return about | {"rows": rows, "failed": failed}
+
+
+# ---------------------------------------------------------------------------------------------
+# Self-critical training
+
+PRACTICE = 60  # steps, after which sampled captions are about as long as the invented ones
+
+
+def usual_rollout(critic: SelfCritical, images: np.ndarray, step: int) -> dict:
+    """Return samples as they are usually trained on: each decoded with an own prefix, a greedy
+    caption as the baseline, and a padded row per sample, for ClipLM.forward and loss_sum."""
+    K, split, tokenizer = critic.cfg.scst_samples, critic.split, critic.split.tokenizer
+    repeated = np.repeat(images, K)
+    embeddings = split.embedding(repeated)
+    on_device = embeddings.to(critic.device.torch_device)
+    greedy = Decoding(max_len=critic.max_len)
+    sampling = replace(greedy, method="sample", min_len=0, seed=step)
+    with critic.device.autocast():
+        best = generate(critic.model, on_device[::K], tokenizer, greedy)
+        drawn = generate(critic.model, on_device, tokenizer, sampling)
+    ids = [caption.ids for (caption,) in (*drawn, *best)]
+    texts = [tokenizer.decode(each) for each in ids]
+    rewards = critic.cider.score(np.concatenate((repeated, images)), texts)
+    advantages = rewards[: len(drawn)] - np.repeat(rewards[len(drawn) :], K)
+    captions = np.concatenate([[tokenizer.bos, *each] for each in ids[: len(drawn)]])
+    rows = pad_rows(captions, tokenizer)
+    weights = np.repeat(advantages.astype(np.float32), rows["tokens"].size(1))
+    return {"embeddings": embeddings, **rows, "weights": torch.from_numpy(weights)}
+
+
+def self_critical(cfg: SelfCriticalBench) -> dict:
+    """Compare a self-critical step and its parts with a cross-entropy step of the same images and
+    all their references, and with the usual way to take it; all without dropout."""
+    device = Device(cfg.device, cfg.dtype)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        if not cfg.ckpt:
+            sizes = TrainBench(device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick).resized()
+            steps = dict(max_iters=PRACTICE, eval_interval=PRACTICE, optimizer="muon")
+            practise(sizes, Path(folder), **steps)
+            cfg = replace(cfg, ckpt=f"{folder}/run/ckpt.pt", data=f"{folder}/data")
+        model, _, content = load_captioner(cfg.ckpt)
+        dataset = content["meta"]["dataset"]
+        split = Split(Path(cfg.data or f"data/{dataset}"), "train")
+        settings = Config(
+            dataset=dataset, objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples
+        )
+        critic = SelfCritical(model.to(device.torch_device), split, settings, device)
+    order = Order(0, split.lengths, cfg.batch_size)
+    optimizer = adamw(model, device, 0.0)  # it does all its work, but the samples stay the same
+    step = partial(update, model, optimizer, device=device)
+    batches = [order.batch(turn) for turn in range(cfg.turns)]
+    embeddings = [split.embedding(images) for images in batches]
+    rollouts = [critic.rollout(images, turn)[0] for turn, images in enumerate(batches)]
+    contestants = {
+        "ours": lambda i: step(critic.rollout(batches[i], i)[0]),
+        "its sampling": lambda i: critic.sample(embeddings[i], batches[i], i),
+        "its sampling and reward": lambda i: critic.rollout(batches[i], i),
+        "its gradient": lambda i: step(rollouts[i]),
+        "cross-entropy": lambda i: step(split.pack(batches[i])),
+        "usual way": lambda i: step(usual_rollout(critic, batches[i], i)),
+    }
+    about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
+    print(about["hardware"])
+    size = model.cfg
+    seconds = interleave(device, contestants, cfg.turns)
+    title = f"{size.n_layer} layers, {size.n_embd} wide, {cfg.batch_size} images x {cfg.samples}"
+    rows = speeds(title, seconds, cfg.batch_size * cfg.samples)
+    print(table(rows), flush=True)
+    return about | {"rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding
 
 
 @torch.inference_mode()
@@ -126,27 +577,6 @@ def their_captions(gpt2, model: ClipLM, embeddings, tokenizer, cfg: Decoding) ->
     )  # fmt: skip
     ends = (tokenizer.pad, tokenizer.eos)
     return [[i for i in row if i not in ends] for row in written.tolist()]
-
-
-# ---------------------------------------------------------------------------------------------
-# Decoding
-
-
-@dataclass(frozen=True)
-class DecodeBench:
-    ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
-    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
-    images: int = 256  # of its val split
-    batches: str = "1 64 256"  # images per batch
-    rounds: int = 24  # batches per turn, as far as there are images
-    turns: int = 5  # of each contestant
-    device: str = "auto"  # auto cpu mps cuda cuda:1
-    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
-    quick: bool = False  # few images and turns: does it run?
-
-    def __post_init__(self):
-        within(self, "images rounds turns", 1, 10**6)
-        one_of(self, "dtype", "auto bfloat16 float16 float32")
 
 
 class Recomputing:
@@ -185,20 +615,12 @@ def decode(cfg: DecodeBench) -> dict:
         lay_out_by_columns(model)
     gpt2 = as_gpt2(model.to(device.torch_device))
     split = Split(Path(cfg.data or f"data/{content['meta']['dataset']}"), "val")
-    n = min(cfg.images, len(split))
     if cfg.quick:
-        n = 8
-        cfg = replace(cfg, turns=2)
-    numbers = np.linspace(0, len(split) - 1, n).astype(np.int64)
-    embeddings = split.embedding(numbers).to(device.torch_device)
-    size = model.cfg
-    L = default_max_len(size, 0)
+        cfg = replace(cfg, images=8, turns=2)
+    embeddings = split.embedding(np.arange(min(cfg.images, len(split)))).to(device.torch_device)
     bandwidth = copied_per_second(device)
-    about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype, "images": n}
-    print(
-        f"{about['hardware']}\n{cfg.ckpt}: {size.n_layer} layers, {size.n_embd} wide, "
-        f"V = {size.vocab_size}, P = {size.prefix_length}; {n} val images, {cfg.dtype}"
-    )
+    about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
+    print(*about.values(), sep=", ")
 
     def ours(images, how: Decoding, model=model) -> list[list[int]]:
         return [caption.ids for (caption,) in generate(model, images, tokenizer, how)]
@@ -216,34 +638,28 @@ def decode(cfg: DecodeBench) -> dict:
             with device.autocast():
                 written[name] += decoders[name](images, how)
 
-    cases = []
-    for batch, how in itertools.product(
-        map(int, cfg.batches.split()),
-        (Decoding(max_len=L), Decoding(method="beam", beams=5, max_len=L)),
-    ):
+    rows = []
+    L = default_max_len(model.cfg, 0)
+    searches = (Decoding(max_len=L), Decoding(method="beam", beams=5, max_len=L))
+    for batch, how in itertools.product(cfg.batches, searches):
         names = ["ours", "transformers"]
         if batch == 64 and device.type == "cpu":
             names.append("without cache")
         parts = embeddings[: cfg.rounds * batch].split(batch)
-        written: dict = {}
+        written: dict[str, list] = {}
         contestants = {name: partial(captions, name, how, parts, written) for name in names}
         seconds = interleave(device, contestants, cfg.turns)
-        pairs = list(zip(written["ours"], written["transformers"], strict=True))
-        differ = [i for i, (own, theirs) in enumerate(pairs) if own != theirs]
-        least = sum(least_bytes(model, written["ours"][i : i + batch], how, device.dtype)
-                    for i in range(0, len(pairs), batch))  # fmt: skip
-        of_bandwidth = least / bandwidth / statistics.median(seconds["ours"])
-        print(
-            f"\n{how.method}, batch {batch}: {len(pairs) - len(differ)} of {len(pairs)} captions "
-            f"are the same as transformers'; ours reads {of_bandwidth:.1%} of what it could"
-        )
-        rows = speeds(seconds, len(pairs))
-        for i in differ[:10]:
-            print(f"  image {numbers[i]}, ours: {tokenizer.decode(pairs[i][0])}")
-            print(f"  image {numbers[i]}, theirs: {tokenizer.decode(pairs[i][1])}")
-        cases.append({"method": how.method, "batch": batch, "same": 1 - len(differ) / len(pairs),
-                      "of_bandwidth": of_bandwidth, "contestants": rows})  # fmt: skip
-    return about | {"cases": cases}
+        own = written["ours"]
+        least = sum(least_bytes(model, own[i : i + batch], how, device.dtype)
+                    for i in range(0, len(own), batch))  # fmt: skip
+        case = speeds(f"{how.method}, batch {batch}", seconds, len(own))
+        for row in case:
+            name = row["contestant"]
+            row["same"] = sum(map(list.__eq__, own, written[name])) / len(own)
+            row["of_bandwidth"] = least / bandwidth / statistics.median(seconds[name])
+        print(f"\n{table(case)}", flush=True)
+        rows += case
+    return about | {"rows": rows}
 
 
 def copied_per_second(device: Device) -> float:
@@ -271,400 +687,6 @@ def least_bytes(model: ClipLM, captions: list, how: Decoding, dtype: torch.dtype
         tokens = images * (cfg.prefix_length + beams * (t + 1))
         numbers += weights + 2 * cfg.n_layer * cfg.n_embd * tokens
     return numbers * dtype.itemsize
-
-
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
-@dataclass(frozen=True)
-class TrainBench:
-    batch_size: int = 64  # images per step
-    n_layer: int = 6  # decoder blocks
-    n_head: int = 8  # attention heads per block
-    n_embd: int = 512  # width of the decoder
-    vocab_size: int = 8192  # subwords
-    like: str = "coco"  # or clipcap: GPT-2 small in place of these sizes, and only P = 10, R = 5
-    turns: int = 5  # of each contestant
-    device: str = "auto"  # auto cpu mps cuda cuda:1
-    quick: bool = False  # a tiny model and batch, two turns: does it run?
-
-    def __post_init__(self):
-        one_of(self, "like", "coco clipcap")
-        within(self, "batch_size n_layer n_head n_embd turns", 1, 10**6)
-        within(self, "vocab_size", 8, 10**6)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: P = 10 for a pooled embedding or 50 for a grid, R captions per image."""
-
-    bench: TrainBench
-    P: int
-    R: int
-    dtype: str
-
-
-class Synthetic:
-    """A split of random ids and embeddings, with captions of COCO's lengths; attributes as in
-    data.Split."""
-
-    pack = Split.pack
-    caption_tokens = Split.caption_tokens
-    embedding = Split.embedding
-
-    def __init__(self, size: ModelConfig, images: int, R: int):
-        rng = np.random.default_rng(0)
-        n = images * R
-        lengths = 7 + rng.gamma(5, 1, n)  # with the tail: mean 12.1 tokens, std 2.4, at most 50
-        in_tail = rng.random(n) < 0.01
-        lengths[in_tail] = 16 + rng.exponential(6, in_tail.sum())
-        lengths = 1 + lengths.round().clip(5, 50).astype(np.int64)  # bos
-        self.tokenizer = SimpleNamespace(pad=0, bos=1, eos=2, unk=3)
-        self.tokens = rng.integers(4, size.vocab_size, lengths.sum())
-        self.caption_start = np.concatenate(([0], lengths.cumsum()))
-        self.tokens[self.caption_start[:-1]] = self.tokenizer.bos
-        self.image_start = self.caption_start[::R]
-        self.lengths = np.diff(self.image_start)
-        self.n_captions = np.full(images, R)
-        self.R = R
-        self.clipcap_width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
-        shape = images, size.n_positions, size.embedding_dim
-        self.embeddings = rng.standard_normal(shape, np.float32).astype(np.float16)
-
-    def captions_of(self, images: np.ndarray) -> np.ndarray:
-        return (images[:, None] * self.R + np.arange(self.R)).flatten()
-
-    def separate(self, captions: np.ndarray, width: int = 0) -> dict:
-        """Return captions as examples of their own, each with its image's embedding.
-
-        Tokens and targets (N, S) are padded to the longest caption, or to `width`; targets are
-        -100 at padding.
-        """
-        bounds = zip(self.caption_start[captions], self.caption_start[captions + 1], strict=True)
-        pieces = [self.tokens[begin:end] for begin, end in bounds]
-        width = width or max(map(len, pieces))
-        tokens = np.full((len(pieces), width), self.tokenizer.pad)
-        targets = np.full((len(pieces), width), -100)
-        for i, piece in enumerate(pieces):
-            tokens[i, : len(piece)] = piece
-            targets[i, : len(piece)] = [*piece[1:], self.tokenizer.eos]
-        embeddings = self.embedding(captions // self.R)
-        return {"embeddings": embeddings, "tokens": torch.from_numpy(tokens),
-                "targets": torch.from_numpy(targets)}  # fmt: skip
-
-
-CONTESTANTS = ("ours", "padded", "transformers")
-
-
-class Trainee(torch.nn.Module):
-    """A model, its optimizer and its loss.
-
-    ours: packed rows, in batches of images of similar length, as in train.py.
-    padded: the same model on separate examples, padded to the longest of their batch.
-    transformers: GPT-2 on separate examples, all padded to one length as ClipCap does, ten
-        standard deviations above the mean.
-    """
-
-    def __init__(self, name: str, case: Case, device: Device):
-        super().__init__()
-        keep_freed_memory()  # as train.py does
-        self.name = name
-        self.device = device
-        features = dict(features="pooled", embedding_dim=512, n_positions=1)
-        if case.P == 50:
-            features = dict(features="grid", embedding_dim=768, n_positions=50)
-        cfg = case.bench
-        size = ModelConfig(
-            vocab_size=cfg.vocab_size, n_prefix=case.P, n_layer=cfg.n_layer, n_head=cfg.n_head,
-            n_embd=cfg.n_embd, block_size=case.P + 56, dropout=0.1, **features,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        self.model = ClipLM(size).to(device.torch_device)
-        self.run = self.model  # what is called: it may be compiled
-        if name == "transformers":
-            self.gpt2 = as_gpt2(self.model)
-            del self.model.transformer, self.model.lm_head
-        fused = device.type != "mps"
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4, fused=fused)
-
-    def batch(self, split: Synthetic, order: Order, turn: int) -> tuple[dict, int]:
-        """Return a batch and how many targets it has. Separate examples are drawn at random."""
-        images = order.batch(turn)
-        if self.name == "ours":
-            return split.pack(images), int(split.lengths[images].sum())
-        n = len(images) * split.R
-        shuffled = np.random.default_rng(0).permutation(len(split.caption_start) - 1)
-        captions = shuffled[turn * n : (turn + 1) * n]
-        width = split.clipcap_width if self.name == "transformers" else 0
-        return split.separate(captions, width), int(np.diff(split.caption_start)[captions].sum())
-
-    def loss(self, batch: dict) -> torch.Tensor:
-        """Return the cross-entropy, summed over the targets."""
-        if self.name == "ours":
-            return loss_sum(self.run, batch)
-        embeddings, tokens, targets = batch["embeddings"], batch["tokens"], batch["targets"]
-        if self.name == "padded":
-            positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-            everywhere = torch.arange(tokens.numel(), device=tokens.device)
-            segments = torch.ones_like(tokens)
-            logits = self.run(embeddings, tokens, segments, positions, everywhere)
-        else:
-            prefix = self.model.project(embeddings)
-            words = self.gpt2.transformer.wte(tokens)
-            inputs = torch.cat((prefix.to(words.dtype), words), 1)
-            P = prefix.size(1)
-            mask = F.pad(targets >= 0, (P, 0), value=True)
-            logits = self.gpt2(inputs_embeds=inputs, attention_mask=mask).logits[:, P:]
-        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
-
-    def step(self, batch: dict, targets: int) -> None:
-        with self.device.autocast():
-            loss = self.loss(self.device.put(batch))
-        (loss / targets).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def peak_memory(name: str, case: Case) -> float:
-    """Return the MB that three steps take at most, beyond the libraries, in a fresh process."""
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - all contestants pay for it
-
-    device = Device(case.bench.device, case.dtype)
-    before = peak_mb(device)
-    trainee = Trainee(name, case, device)
-    split = Synthetic(trainee.model.cfg, 3 * case.bench.batch_size, case.R)
-    order = Order(0, split.lengths, case.bench.batch_size)
-    for step in range(3):
-        trainee.step(*trainee.batch(split, order, step))
-    return peak_mb(device) - before
-
-
-def compare(case: Case, peaks: list[float]) -> dict:
-    """Time a step of each contestant, as many captions per step, and compare their losses on the
-    same captions without dropout."""
-    bench = case.bench
-    device = Device(bench.device, case.dtype)
-    trainees = [Trainee(name, case, device) for name in CONTESTANTS]
-    images = max(32, bench.turns) * bench.batch_size
-    split = Synthetic(trainees[0].model.cfg, images, case.R)
-    order = Order(0, split.lengths, bench.batch_size)
-
-    # -- the same loss?
-    images = order.batch(0)
-    packed, separate = split.pack(images), split.separate(split.captions_of(images))
-    losses = []
-    for trainee in trainees:
-        batch = packed if trainee.name == "ours" else separate
-        trainee.eval()  # no dropout
-        with torch.no_grad(), device.autocast():
-            losses.append(trainee.loss(device.put(batch)).item() / split.lengths[images].sum())
-        trainee.train()
-
-    # -- and how fast?
-    entrants = {trainee.name: (trainee, trainee.model) for trainee in trainees}
-    print(f"\nP = {case.P}, {case.R} captions per image, {case.dtype}")
-    rows, rate = race(device, entrants, split, order, bench.turns)
-    for row, loss, peak in zip(rows, losses, peaks, strict=True):
-        row |= {"loss": loss, "peak_mb": peak}
-        print(f"  {row['contestant']:<16}loss {loss:.6f}, peak memory {peak:.0f} MB")
-    return {"P": case.P, "captions_an_image": case.R, "dtype": case.dtype, "mfu": rows[0]["mfu"],
-            "matmul_gflops": rate / 1e9, "contestants": rows}  # fmt: skip
-
-
-def race(
-    device: Device, entrants: dict, split: Synthetic, order: Order, turns: int, steps: int = 1
-) -> tuple[list[dict], float]:
-    """Time turns of some training steps. Return each contestant's figures, and the machine's rate.
-
-    entrants: name -> a Trainee, and what it calls: its model, or that model compiled.
-    """
-    rates: list[float] = []
-    contestants = {
-        name: turns_of(split, order, turns, steps, *each) for name, each in entrants.items()
-    }
-    contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
-    seconds = interleave(device, contestants, turns)
-    del seconds["machine"]
-    rate = statistics.median(rates)
-    images = steps * order.batch_size
-    ours, _ = entrants["ours"]
-    flops = []
-    for turn in range(turns):
-        numbers = [order.batch(i) for i in batches_of(turn, steps, order)]
-        tokens = split.lengths[np.concatenate(numbers)].sum()
-        flops.append(training_flops(ours.model, images, int(tokens)))
-    print(f"of {rate / 1e12:.2f} TFLOP/s, steps of {order.batch_size} images:")
-    rows = speeds(seconds, images * split.R)
-    for row in rows:
-        times = seconds[row["contestant"]]
-        row["ms_per_step"] = summary(1e3 * x / steps for x in times)
-        row["mfu"] = summary(f / x / rate for f, x in zip(flops, times, strict=True))
-        print(
-            f"  {row['contestant']:<16}{show(row['ms_per_step'])} ms per step, "
-            f"MFU {show(row['mfu'], '.1%')}"
-        )
-    return rows, rate
-
-
-def batches_of(turn: int, steps: int, order: Order) -> list[int]:
-    """Return the numbers of a turn's batches; after an epoch they begin anew."""
-    return [i % order.per_epoch for i in range(turn * steps, (turn + 1) * steps)]
-
-
-def turns_of(split: Synthetic, order: Order, turns: int, steps: int, trainee: Trainee, model):
-    """Return a function of the turn that takes some steps through `model`: compiled or not."""
-    ready = {
-        i: trainee.batch(split, order, i)
-        for turn in range(turns)
-        for i in batches_of(turn, steps, order)
-    }
-
-    def work(turn: int) -> None:
-        trainee.run = model
-        for i in batches_of(turn, steps, order):
-            trainee.step(*ready[i])
-
-    return work
-
-
-def train(cfg: TrainBench) -> dict:
-    """Compare our step with the same model on padded examples, and with transformers' GPT-2."""
-    P, R = (10, 50), (5, 1)
-    if cfg.like == "clipcap":
-        cfg = replace(cfg, n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
-        P, R = (10,), (5,)
-    if cfg.quick:
-        cfg = replace(cfg, batch_size=16, n_layer=2, n_head=2, n_embd=64, vocab_size=1000, turns=2)
-    about = {"hardware": hardware(Device(cfg.device, "float32"))}
-    about |= {
-        name: getattr(cfg, name) for name in ("batch_size", "n_layer", "n_embd", "vocab_size")
-    }
-    print(f"{about['hardware']}\n{cfg.n_layer} layers, {cfg.n_embd} wide, V = {cfg.vocab_size}, "
-          f"{cfg.batch_size} images per step")  # fmt: skip
-    product = itertools.product(P, R, ("float32", "bfloat16"))
-    cases = [Case(cfg, *rest) for rest in product]
-    if cfg.quick:
-        cases = [cases[0], cases[-1]]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as fresh:
-        peaks = [[fresh.submit(peak_memory, name, case).result() for name in CONTESTANTS]
-                 for case in cases]  # fmt: skip
-    return about | {"cases": [compare(*each) for each in zip(cases, peaks, strict=True)]}
-
-
-# ---------------------------------------------------------------------------------------------
-# Self-critical training
-
-
-@dataclass(frozen=True)
-class SelfCriticalBench:
-    ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
-    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
-    batch_size: int = 16  # images per step
-    samples: int = 5  # captions of each
-    turns: int = 9  # of each contestant
-    device: str = "auto"  # auto cpu mps cuda cuda:1
-    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
-
-    def __post_init__(self):
-        within(self, "batch_size turns", 1, 10**6)
-        within(self, "samples", 2, 1000)
-        one_of(self, "dtype", "auto bfloat16 float16 float32")
-
-
-def usual_rollout(critic: SelfCritical, images: np.ndarray, step: int) -> dict:
-    """Return samples as they are usually trained on: each decoded with an own prefix, a greedy
-    caption as the baseline, and one padded row per sample, for ClipLM.forward and loss_sum."""
-    K, split, tokenizer = critic.cfg.scst_samples, critic.split, critic.split.tokenizer
-    repeated = np.repeat(images, K)
-    embeddings = split.embedding(repeated)
-    on_device = embeddings.to(critic.device.torch_device)
-    greedy = Decoding(max_len=critic.max_len)
-    sampling = replace(greedy, method="sample", min_len=0, seed=step)
-    with critic.device.autocast():
-        best = generate(critic.model, on_device[::K], tokenizer, greedy)
-        drawn = generate(critic.model, on_device, tokenizer, sampling, numbers=range(len(repeated)))
-    best, drawn = ([caption.ids for (caption,) in found] for found in (best, drawn))
-    rewards = critic.cider.score(
-        np.concatenate((repeated, images)), [tokenizer.decode(ids) for ids in (*drawn, *best)]
-    )
-    advantages = rewards[: len(drawn)] - np.repeat(rewards[len(drawn) :], K)
-    width = 1 + max(map(len, drawn))
-    shape = len(drawn), width
-    tokens, targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
-    for i, ids in enumerate(drawn):
-        tokens[i, : len(ids) + 1] = [tokenizer.bos, *ids]
-        targets[i, : len(ids) + 1] = [*ids, tokenizer.eos]
-        weights[i, : len(ids) + 1] = advantages[i]
-    return {
-        "embeddings": embeddings,
-        "tokens": torch.from_numpy(tokens),
-        "segments": torch.ones(shape, dtype=torch.long),
-        "positions": torch.arange(width).expand(shape),
-        "targets_at": torch.arange(len(drawn) * width),
-        "targets": torch.from_numpy(targets.ravel()),
-        "weights": torch.from_numpy(weights.ravel().astype(np.float32)),
-    }
-
-
-def self_critical(cfg: SelfCriticalBench) -> dict:
-    """Compare a self-critical step with a cross-entropy step of the same images and all their
-    references, and with the usual way to take it."""
-    device = Device(cfg.device, cfg.dtype)
-    keep_freed_memory()
-    model, _, content = load_captioner(cfg.ckpt)  # in eval mode: no dropout in any of them
-    model.to(device.torch_device)
-    name = content["meta"]["dataset"]
-    split = Split(Path(cfg.data or f"data/{name}"), "train")
-    settings = Config(
-        dataset=name, objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples,
-        batch_size=cfg.batch_size,
-    )  # fmt: skip
-    critic = SelfCritical(model, split, settings, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type != "mps")
-    order = Order(0, split.lengths, cfg.batch_size)
-    parts: dict[str, list[float]] = {"sampling": [], "reward": []}
-
-    def timed(name: str, function):
-        def call(*args):
-            begin = time.perf_counter()
-            result = function(*args)
-            parts[name].append(time.perf_counter() - begin)
-            return result
-
-        return call
-
-    critic.sample = timed("sampling", critic.sample)
-    critic.cider.score = timed("reward", critic.cider.score)
-
-    def step(rows: dict) -> None:
-        with device.autocast():
-            loss = loss_sum(model, device.put(rows))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    contestants = {
-        "ours": lambda turn: step(critic.rollout(order.batch(turn), turn)[0]),
-        "cross-entropy": lambda turn: step(split.pack(order.batch(turn))),
-        "usual way": lambda turn: step(usual_rollout(critic, order.batch(turn), turn)),
-    }
-    about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
-    print(f"{about['hardware']}\n{cfg.ckpt}: {cfg.batch_size} images x {cfg.samples} samples")
-    seconds = interleave(device, contestants, cfg.turns)
-    rows = speeds(seconds, cfg.batch_size * cfg.samples)
-    # The usual way is not timed in parts, but scores by the same function: every second reward.
-    sampling, reward = parts["sampling"][1:], parts["reward"][2::2]
-    shares = {
-        "sampling": summary(a / b for a, b in zip(sampling, seconds["ours"], strict=True)),
-        "reward": summary(a / b for a, b in zip(reward, seconds["ours"], strict=True)),
-    }
-    for name, share in shares.items():
-        print(f"  {name:<14}{show(share, '.0%')} of our step")
-    return about | {"contestants": rows, "shares": shares}
 
 
 # ---------------------------------------------------------------------------------------------

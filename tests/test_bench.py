@@ -1,7 +1,7 @@
 """bench.py: its contestants do the same work, and both modes run to their last line."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,54 +33,83 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_synthetic_captions_have_cocos_lengths():
-    split = bench.Synthetic(ModelConfig(), 4000, 5)
+def invented(folder, images: int = 256, R: int = 5) -> Config:
+    """Return the settings of a tiny model on invented captions."""
+    size = bench.TrainBench(quick=True, device="cpu", dtypes=("float32",)).resized()
+    bench.invent(folder / "data", images, size.vocab_size, R)
+    return Config(**bench.settings_of(size, folder / "data"))
+
+
+def test_invented_captions_have_cocos_lengths(tmp_path):
+    split = Split(invented(tmp_path, 4000).data_dir, "train")
     lengths = np.diff(split.caption_start) - 1  # without bos
     assert lengths.mean() == pytest.approx(12.2, abs=0.3)
     assert lengths.std() == pytest.approx(2.4, abs=0.3)
     assert lengths.min() >= 5 and 35 < lengths.max() <= 50
 
 
-def test_separate_examples_hold_what_packed_rows_hold():
-    split = bench.Synthetic(ModelConfig(), 12, 5)
+def test_separate_examples_hold_what_packed_rows_hold(tmp_path):
+    cfg = invented(tmp_path)
     images = np.array([7, 0, 11])
-    packed = split.pack(images)
-    separate = split.separate(split.captions_of(images))
-    is_real = separate["targets"] >= 0
-    tokens = packed["tokens"].flatten()[packed["targets_at"]]
-    assert torch.equal(separate["tokens"][is_real], tokens)
-    assert torch.equal(separate["targets"][is_real], packed["targets"])
-    assert torch.equal(separate["embeddings"][::5], packed["embeddings"])
+    ours, padded, theirs = (bench.Trainee(name, cfg, 0, 1) for name in bench.CONTESTANTS)
+    packed, separate, wide = (trainee.rows(images) for trainee in (ours, padded, theirs))
+    for rows in (separate, wide):
+        is_real = rows["targets"].view_as(rows["tokens"]) >= 0
+        tokens = packed["tokens"].flatten()[packed["targets_at"]]
+        assert torch.equal(rows["tokens"][is_real], tokens)
+        assert torch.equal(rows["targets"][rows["targets"] >= 0], packed["targets"])
+        assert torch.equal(rows["targets_at"], torch.arange(is_real.numel()))
+        assert torch.equal(rows["embeddings"][::5], packed["embeddings"])
+    is_real = separate["targets"].view_as(separate["tokens"]) >= 0
     assert is_real.any(0).all()  # padded to the longest, not further
-    assert split.separate(np.array([3]), 44)["tokens"].shape == (1, 44)
+    lengths = np.diff(ours.split.caption_start)
+    assert wide["tokens"].size(1) == int(lengths.mean() + 10 * lengths.std())
+    one = ours.split.tokens[: lengths[0]]
+    assert bench.pad_rows(one, ours.split.tokenizer, 44)["tokens"].shape == (1, 44)
 
 
 def test_train_runs_and_the_losses_agree(capsys):
-    result = bench.main(["train", "--quick"])
+    result = bench.main(["train", "--quick", "--device=cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"bench": "train", **result}
-    assert [(c["P"], c["captions_an_image"]) for c in result["cases"]] == [(10, 5), (50, 1)]
-    for case in result["cases"]:
-        ours, padded, theirs = case["contestants"]
-        close = 1e-4 if case["dtype"] == "float32" else 2e-2
+    assert len(result["rows"]) == 8 * 3
+    for i in range(0, 24, 3):
+        ours, padded, theirs = result["rows"][i : i + 3]
+        assert ours["case"] == padded["case"] == theirs["case"]
+        close = 1e-4 if "float32" in ours["case"] else 2e-2
         assert ours["loss"] == pytest.approx(padded["loss"], abs=close)
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=close)
         assert ours["times_ours"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-        for row in case["contestants"]:
-            assert row["captions_per_s"]["median"] > 0 and row["peak_mb"] > 0
+        assert [row["contestant"] for row in (ours, padded, theirs)] == list(bench.CONTESTANTS)
+        assert all(row["per_s"]["median"] > 0 for row in (ours, padded, theirs))
+
+
+def test_memory_is_measured_in_a_fresh_process(tmp_path):
+    cfg = invented(tmp_path)
+    assert bench.in_fresh_process(partial(bench.peak_memory, "padded", cfg, 1)) > 0
+
+
+def test_a_contestant_that_fails_is_left_out(capsys, monkeypatch):
+    monkeypatch.delattr(bench, "ClipCap")
+    flags = ["--quick", "--device=cpu", "--P=10", "--R=5", "--dtypes=float32"]
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["train", *flags])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 1 and "NameError: name 'ClipCap'" in printed
+    result = json.loads(printed.splitlines()[-1])
+    assert result["failed"] == ["P = 10, R = 5, 8 images, float32, transformers"]
+    assert [row["contestant"] for row in result["rows"]] == ["ours", "padded"]
 
 
 def test_like_clipcap_has_gpt2_smalls_sizes(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    monkeypatch.setattr(bench, "peak_memory", lambda name, case: 0.0)
-    monkeypatch.setattr(bench, "compare", lambda case, peaks: seen.append(case))
+    monkeypatch.setattr(bench, "invent", lambda *args: None)
+    monkeypatch.setattr(bench, "compare", lambda cfg, case, R, failed: seen.append((case, R)) or [])
     result = bench.main(["train", "--like=clipcap", "--batch_size=8"])
     assert result["vocab_size"] == 50257
-    assert [(c.P, c.R, c.dtype) for c in seen] == [(10, 5, "float32"), (10, 5, "bfloat16")]
-    size = seen[0].bench
-    assert (size.n_layer, size.n_head, size.n_embd, size.vocab_size) == (12, 12, 768, 50257)
-    assert size.batch_size == 8
+    assert [(c.n_prefix, R, c.dtype) for c, R in seen] == [(10, 5, "float32"), (10, 5, "bfloat16")]
+    size, _ = seen[0]
+    assert (size.n_layer, size.n_head, size.n_embd, size.batch_size) == (12, 12, 768, 8)
 
 
 def test_decode_runs_and_the_captions_agree(here, capsys):
@@ -98,13 +127,16 @@ def test_decode_runs_and_the_captions_agree(here, capsys):
     result = bench.main(["decode", "--ckpt", "ckpt.pt", "--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"bench": "decode", **result}
-    for case in result["cases"]:
-        assert case["same"] == 1.0
-        assert case["contestants"][0]["captions_per_s"]["median"] > 0
-        names = [row["contestant"] for row in case["contestants"]]
-        assert names[:2] == ["ours", "transformers"]
-        assert ("without cache" in names) == (case["batch"] == 64)
-    assert len(result["cases"]) == 6
+    assert all(row["same"] == 1.0 and row["per_s"]["median"] > 0 for row in result["rows"])
+    names = [(row["case"], row["contestant"]) for row in result["rows"]]
+    for batch in (1, 64, 256):
+        for method in ("greedy", "beam"):
+            case = [name for title, name in names if title == f"{method}, batch {batch}"]
+            assert case == ["ours", "transformers", "without cache"][: 3 if batch == 64 else 2]
+    assert len(names) == 14
+
+
+PARTS = ["its sampling", "its sampling and reward", "its gradient"]
 
 
 def test_a_self_critical_step_has_its_parts(here, capsys):
@@ -112,9 +144,15 @@ def test_a_self_critical_step_has_its_parts(here, capsys):
     result = bench.main(["scst", "--ckpt=out/tiny/ckpt.pt", "--batch_size=4", "--turns=2"])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"bench": "scst", **result}
-    names = [row["contestant"] for row in result["contestants"]]
-    assert names == ["ours", "cross-entropy", "usual way"]
-    assert all(0 < share["median"] < 1 for share in result["shares"].values())
+    names = [row["contestant"] for row in result["rows"]]
+    assert names == ["ours", *PARTS, "cross-entropy", "usual way"]
+    assert all(row["times_ours"]["median"] > 0 for row in result["rows"])
+
+
+def test_a_self_critical_step_needs_no_checkpoint(capsys):
+    result = bench.main(["scst", "--quick", "--device=cpu", "--batch_size=4", "--turns=1"])
+    assert [row["case"] for row in result["rows"]] == ["2 layers, 32 wide, 4 images x 5"] * 6
+    assert "best CIDEr" in capsys.readouterr().out  # train.py made one
 
 
 def test_the_usual_rows_have_the_gradient_of_ours(here):
@@ -127,10 +165,10 @@ def test_the_usual_rows_have_the_gradient_of_ours(here):
     images = np.array([2, 9])
     for step in range(20):  # until no sample is just as good as the greedy caption
         usual = bench.usual_rollout(critic, images, step)
-        weights = usual["weights"].view(4, -1)
+        weights = usual["weights"].view_as(usual["tokens"])
         if weights[:, 0].all():
             break
-    lengths = (weights != 0).sum(1)
+    lengths = (usual["targets"].view_as(weights) >= 0).sum(1)
     ids = [row[1:n].tolist() for row, n in zip(usual["tokens"], lengths, strict=True)]
     captions = [Caption(each, 0.0, [], True) for each in ids]
     rows = critic.pack(split.embedding(images), images, captions, weights[:, 0].numpy())
@@ -148,15 +186,17 @@ def test_every_section_of_the_gpu_bench_runs(tmp_path, capsys):
     assert result["failed"] == [] and list(result["sections"]) == list(bench_gpu.SECTIONS)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["section"] for row in rows] == list(bench_gpu.SECTIONS)
-    assert {row["section"]: row["result"] for row in rows} == result["sections"]
-    for case in [*result["sections"]["training"], *result["sections"]["grid"]]:
-        names = [row["contestant"] for row in case["contestants"]]
-        assert names == ["ours", "ours compiled", "padded", "padded compiled", "transformers"]
-        assert all(row["mfu"]["median"] > 0 for row in case["contestants"])
-    assert [(c["method"], c["same"]) for c in result["sections"]["decoding"]] == [
-        ("greedy", 1.0), ("beam", 1.0), ("greedy", 1.0), ("beam", 1.0),
+    assert {row["section"]: row["rows"] for row in rows} == result["sections"]
+    for section in ("training", "grid"):
+        cases = result["sections"][section]
+        names = ["ours", "padded", "transformers", "ours compiled", "padded compiled"]
+        assert [row["contestant"] for row in cases] == 2 * names
+        assert all(row["mfu"]["median"] > 0 for row in cases)
+    assert [(row["case"], row["same"]) for row in result["sections"]["decoding"][::2]] == [
+        ("greedy, batch 4", 1.0), ("beam, batch 4", 1.0), ("greedy, batch 8", 1.0),
+        ("beam, batch 8", 1.0),
     ]  # fmt: skip
-    assert len(result["sections"]["profile"]["eager"]["kernels"]) == 10
+    assert all("aten::mm" in text for text in result["sections"]["profile"].values())
 
     # -- and the README's tables are filled from it, again and again
     readme = tmp_path / "README.md"
@@ -165,8 +205,9 @@ def test_every_section_of_the_gpu_bench_runs(tmp_path, capsys):
     bench.main(fill)
     text = readme.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n")
-    assert "not measured" not in text and text.count("\n| 10 |") == text.count("\n| 50 |") == 2
-    assert text.count("\n| greedy, batch") == text.count("\n| beam, batch") == 2
+    assert "not measured" not in text and "aten::mm" not in text
+    assert text.count("\n| P = 10, R") == text.count("\n| P = 50, R") == 10
+    assert text.count("\n| greedy, batch") == text.count("\n| beam, batch") == 4
     bench.main(fill)
     assert readme.read_text() == text
     readme.write_text("no marks")
@@ -196,14 +237,15 @@ def test_a_section_that_fails_is_reported_and_the_next_ones_run(tmp_path, capsys
 
 
 def test_a_cpu_equals_itself(capsys):
-    result = bench.main(["parity", "--quick", "--device=cpu", "--steps=5"])
-    assert result["failed"] == [] and result["losses"] == {"cpu": 0.0, "again": 0.0}
-    assert all(result["captions"][how]["differ"] == 0 for how in ("greedy", "beam"))
-    resumed = result["resume"]
+    result = bench.main(["parity", "--quick", "--device=cpu"])
+    assert result["failed"] == []
+    assert result["same_losses"] == {"steps": 20, "cpu": 0.0, "again": 0.0}
+    assert all(result["same_captions"][how]["differ"] == 0 for how in ("greedy", "beam"))
+    resumed = result["same_after_a_kill"]
     assert resumed["struck"] and resumed["logged"] >= 25 and resumed["kept"] >= 20
     assert resumed["losses"] == resumed["weights"] == 0
-    assert result["waits"] == {"synchronisations": 0, "updates": 10}
-    assert "losses of 5 steps differ by at most 0.0e+00" in capsys.readouterr().out
+    assert result["waits"] == {"synchronisations": 0, "updates": 10, "first": []}
+    assert "same_losses: {'steps': 20, 'cpu': 0.0" in capsys.readouterr().out
 
 
 def test_bytes_that_decoding_must_read():
