@@ -479,7 +479,7 @@ def train(cfg: TrainBench) -> dict:
         for P, R, dtype in itertools.product(cfg.P, cfg.R, cfg.dtypes):
             data = Path(folder, f"{P}x{R}")
             shape = (50, 768) if P == 50 else (1, 512)
-            invent(data, 32 * cfg.batch_size, cfg.vocab_size, R, *shape)
+            invent(data, 16 * cfg.batch_size, cfg.vocab_size, R, *shape)
             settings = settings_of(cfg, data, P, dtype=dtype, dropout=0.1)
             rows += compare(cfg, Config(**settings), R, failed)
     return about | {"rows": rows, "failed": failed}
@@ -520,9 +520,11 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.ckpt:
-            sizes = TrainBench(device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick).resized()
-            steps = dict(max_iters=PRACTICE, eval_interval=PRACTICE, optimizer="muon")
-            practise(sizes, Path(folder), **steps)
+            sizes = TrainBench(
+                batch_size=16, device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick
+            )
+            steps = dict(max_iters=PRACTICE, eval_interval=PRACTICE, warmup_iters=PRACTICE // 10)
+            practise(sizes.resized(), Path(folder), optimizer="muon", **steps)
             cfg = replace(cfg, ckpt=f"{folder}/run/ckpt.pt", data=f"{folder}/data")
         model, _, content = load_captioner(cfg.ckpt)
         dataset = content["meta"]["dataset"]
