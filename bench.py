@@ -548,12 +548,15 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
         "usual way": lambda i: step(usual_rollout(critic, batches[i], i)),
     }
     about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
-    print(about["hardware"])
     size = model.cfg
     seconds = interleave(device, contestants, cfg.turns)
     title = f"{size.n_layer} layers, {size.n_embd} wide, {cfg.batch_size} images x {cfg.samples}"
-    rows = speeds(title, seconds, cfg.batch_size * cfg.samples)
-    print(table(rows), flush=True)
+    items = cfg.batch_size * cfg.samples
+    rows = speeds(title, seconds, items)
+    sampled = sum(len(drawn["targets"]) for drawn in rollouts) / (len(rollouts) * items)
+    references = float(np.diff(split.caption_start).mean())
+    about |= {"sampled_tokens": sampled, "reference_tokens": references}
+    print(f"{table(rows)}\n{about}", flush=True)
     return about | {"rows": rows}
 
 
