@@ -43,9 +43,8 @@ from configurator import Config, configure, one_of, within
 from data import Meta, Order, Split, pack_rows, write_array, write_split
 from decode import Decoding, default_max_len, generate, load_captioner
 from model import ClipLM, loss_sum
-from parts.common import UserError, run
+from parts.common import UserError, extras, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
-from parts.encoder import extras
 from parts.gpt2 import as_gpt2
 from parts.log import training_flops
 from parts.sources import Record
@@ -284,8 +283,8 @@ class Trainee:
     transformers: GPT-2 on separate examples, all padded to one length as ClipCap does, ten
         standard deviations above the mean.
 
-    Separate examples are those of random images. "ours compiled" and "padded compiled" call a
-    compiled model, which on a CPU is only traced.
+    Separate examples are those of random images. "ours compiled" and "padded compiled" have
+    compiled blocks, which on a CPU are only traced.
     """
 
     def __init__(self, name: str, cfg: Config, turns: int, steps: int):
@@ -299,10 +298,11 @@ class Trainee:
         if self.way == "transformers":
             self.model = ClipCap(self.model)
         self.called = self.model
-        if compiled:
+        if compiled:  # as train.py does
             torch._dynamo.config.recompile_limit = 64  # all cases compile the same function
             backend = "inductor" if self.device.type == "cuda" else "eager"
-            self.called = torch.compile(self.model, dynamic=True, backend=backend)
+            for block in self.model.transformer.h:
+                block.compile(dynamic=True, backend=backend)
         self.optimizer = adamw(self.model, self.device, 1e-4)
         self.order = Order(0, self.split.lengths, cfg.batch_size)
         self.ready = []
