@@ -398,7 +398,8 @@ def update(model: torch.nn.Module, optimizer, batch: dict, device: Device) -> No
     with device.autocast():
         loss = loss_sum(model, device.put(batch))
     (loss / len(batch["targets"])).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.found_inf = (~norm.isfinite()).float()  # skips a gradient that is not finite
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -14,6 +14,6 @@ scst_samples = 5
 batch_size = 32
 max_iters = 150
 optimizer = "adamw"
-learning_rate = 1e-4
+learning_rate = 3e-5
 warmup_iters = 0
 eval_interval = 50
