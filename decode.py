@@ -137,8 +137,9 @@ def generate(
         raise UserError(
             f"the prompt has {len(prompt_ids)} tokens, max_len={cfg.max_len} leaves none"
         )
-    K = cfg.beams if cfg.method == "beam" else cfg.n_best
-    model = graphs.faster(model, embeddings, K, cfg.max_len)
+    if embeddings.is_cuda and isinstance(model, ClipLM):
+        K = cfg.beams if cfg.method == "beam" else cfg.n_best
+        model = graphs.faster(model, embeddings, K, cfg.max_len)
     if cfg.method == "beam":
         return beam_search(model, embeddings, tokenizer, cfg, prompt_ids)
     uniform = None

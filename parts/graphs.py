@@ -20,8 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ClipLM
-
 MOST_ROWS = 2048  # with more, the work itself takes longer than its launch (LOG.md)
 MOST_SHARING = 16  # rows per image: each of them passes over the slots of all
 KEPT = 2  # graphs per model: of whole batches, and of the last one
@@ -175,11 +173,10 @@ DECODERS = weakref.WeakKeyDictionary()  # of each model, by shape; the last one 
 
 
 def faster(model, embeddings: Tensor, K: int, max_len: int):
-    """Return what decodes these images, with K rows each, faster: the model itself, or a
-    GraphedDecoder with the weights it has now."""
+    """Return what decodes these images on a GPU, with K rows each, faster: the model itself, or
+    a GraphedDecoder with the weights it has now."""
     B = len(embeddings)
-    is_plain = not embeddings.is_cuda or not isinstance(model, ClipLM)
-    if is_plain or B * K > MOST_ROWS or min(MOST_SHARING, model.cfg.vocab_size) < K:
+    if B * K > MOST_ROWS or min(MOST_SHARING, model.cfg.vocab_size) < K:
         return model
     own = DECODERS.setdefault(model, {})
     shape = B, K, max_len, dtype_of(model), embeddings.device
