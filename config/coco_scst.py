@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=8 train.py config/coco.py config/coco_scst.py
     python sample.py --ckpt out/coco_scst/ckpt.pt --split test --method beam
 
-Not yet run: the references' weight is what kept captions varied on Flickr8k (LOG.md). Published results for pooled features and a decoder trained from scratch:
-CIDEr .953 after cross-entropy training, 1.053 after self-critical training.
+Not yet run. The references' weight is what kept captions varied on Flickr8k (LOG.md). Published
+results for pooled features and a decoder trained from scratch: CIDEr .953 after cross-entropy
+training, 1.053 after self-critical training.
 """
 
 objective = "scst"
