@@ -5,9 +5,9 @@
     python train.py config/shapes.py
     python sample.py --ckpt out/shapes/ckpt.pt --split test --method beam
 
-Training takes four minutes on two cores in bfloat16. In one run, of 1,700 steps, facts F1 was .967
-on test and .841 on novel, and CIDEr 5.24 and 4.49. Of the relations that captions stated, 1.00 and
-.83 were true.
+Training takes seven minutes on two cores without bfloat16. Five runs with different seeds reached
+facts F1 .963 to .981 on test and .794 to .890 on novel, by beam search. Of the relations that
+captions of test stated, .99 to 1.00 were true (LOG.md).
 """
 
 dataset = "shapes"

@@ -3,8 +3,8 @@
     python train.py config/shapes.py config/shapes_scst.py
     python sample.py --ckpt out/shapes_scst/ckpt.pt --split test
 
-It takes 150 steps. After an earlier config/shapes.py (AdamW, other captions), greedy CIDEr on test rose
-from 4.64 to 5.19, and facts F1 from .90 to .93.
+A minute on two cores. Greedy CIDEr on test rose from 4.87 to 5.26, above the beam search of the
+start, and facts F1 fell from .970 to .966. With a learning rate of 1e-4 it falls further (LOG.md).
 """
 
 objective = "scst"
