@@ -250,7 +250,7 @@ def sample_token(logits: Tensor, uniform: Tensor, cfg: Decoding) -> Tensor:
     (Holtzman et al. 2020, arXiv:1904.09751), then a draw from what is left.
     """
     shifted = logits - logits.amax(-1, keepdim=True)  # a temperature near 0 cannot overflow
-    p = torch.softmax(shifted / cfg.temperature, dim=-1)
+    p = torch.softmax(shifted.div_(cfg.temperature), dim=-1)
     order = None
     if cfg.top_k or cfg.top_p < 1:
         k = min(cfg.top_k or p.size(1), p.size(1))
