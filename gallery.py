@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import base64
 import io
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -117,15 +118,19 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
         return None
 
 
-def pack_attention(attention: list[list[float]], grid: int) -> dict:
+def pack_attention(attention: list[list[float]], grid: int | None) -> dict:
     """Return attention (tokens, P) as one byte per weight, scaled by each token's largest.
 
-    The P prefix positions are grid x grid patches, perhaps after a class token; else grid is 0.
+    The P prefix positions are grid x grid patches, perhaps after a class token; grid=0 means that
+    they are not patches, None that P has to tell. It only can from 4 x 4 on: ten embeddings of a
+    pooled image are not a class token and 3 x 3.
     """
     weights = np.nan_to_num(np.asarray(attention, np.float64)).clip(0, 1)
     P = weights.shape[1]
     largest = weights.max(1)
     scaled = np.rint(255 * weights / np.maximum(largest, 1e-12)[:, None]).astype(np.uint8)
+    if grid is None:
+        grid = math.isqrt(P) if P >= 16 else 0
     if grid < 0 or P - grid * grid not in (0, 1):
         grid = 0
     return {
@@ -184,7 +189,7 @@ def write(
             missing.append(names[0])
         attention = record.pop("attention", None)
         if attention and attention[0]:
-            record["attention"] = pack_attention(attention, entry.get("grid", 0))
+            record["attention"] = pack_attention(attention, entry.get("grid"))
         shown.append(record)
     data = embed({"title": title or "Captions", "images": shown})
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
