@@ -7,6 +7,7 @@ python plot.py out/a/log.jsonl out/b/log.jsonl --out=ab.png
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before what takes seconds
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,15 @@ PANELS = {  # title -> (key in the log, line style, label) of each line
     "learning rate": (("lr", "-", ""),),
     "captions/s": (("captions_per_s", "-", ""),),
 }
+
+
+def run_names(paths: tuple[str, ...]) -> list[str]:
+    """Return what tells the logs apart: their folders, minus the common prefix."""
+    folders = [str(Path(path).resolve().parent) for path in paths]
+    if len(set(folders)) < len(paths):
+        return list(paths)
+    common = os.path.commonpath([str(Path(folder).parent) for folder in folders])
+    return [os.path.relpath(folder, common) for folder in folders]
 
 
 def draw(runs: dict[str, list[dict]]):
@@ -64,10 +74,11 @@ def draw(runs: dict[str, list[dict]]):
 def main(cfg: PlotConfig) -> None:
     if Path(cfg.out).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"out={cfg.out}: give a name that ends in .png, .svg or .pdf")
-    runs = {path.removesuffix("/log.jsonl"): read_log(path) for path in cfg.logs}
-    for name, rows in runs.items():
-        if not rows:
-            raise UserError(f"{name} holds no line yet: wait for the first step, or leave it out")
+    runs = {}
+    for name, path in zip(run_names(cfg.logs), cfg.logs, strict=True):
+        runs[name] = read_log(path)
+        if not runs[name]:
+            raise UserError(f"{path} holds no line yet: wait for the first step, or leave it out")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(cfg.out, dpi=130)
     print(cfg.out)

@@ -26,17 +26,24 @@ def log(path, steps=30, every=10):
 def test_a_panel_has_a_line_for_each_run_and_a_png_is_written(tmp_path, capfd):
     pytest.importorskip("matplotlib", reason="needs pip install -r requirements-plot.txt")
     logs = (log(tmp_path / "a" / "log.jsonl"), log(tmp_path / "b" / "log.jsonl"))
-    figure = plot.draw({"out/a": read_log(logs[0]), "out/b": read_log(logs[1])})
+    figure = plot.draw(dict(zip(plot.run_names(logs), map(read_log, logs), strict=True)))
     lines = {panel.get_title("left"): len(panel.lines) for panel in figure.axes}
     assert lines == {"loss": 6, "CIDEr": 2, "learning rate": 2, "captions/s": 2}
     validation = figure.axes[0].lines[0]
     assert list(validation.get_xdata()) == [10, 20, 30]
     assert list(validation.get_ydata()) == [4 / 10, 4 / 20, 4 / 30]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["out/a", "out/b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
     out = tmp_path / "new" / "curves.png"
     assert outcome("plot.py", [*logs, f"--out={out}"], capfd) == (0, f"{out}\n", "")
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_named_by_what_differs_in_their_paths():
+    assert plot.run_names(["out/a/log.jsonl", "out/b/log.jsonl"]) == ["a", "b"]
+    assert plot.run_names(["x/a/log.jsonl", "y/a/log.jsonl"]) == ["x/a", "y/a"]
+    assert plot.run_names(["out/a/log.jsonl"]) == ["a"]
+    assert plot.run_names(["a/1.jsonl", "a/2.jsonl"]) == ["a/1.jsonl", "a/2.jsonl"]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", "3", "[1]", '{"loss": 1}', "\0\0\0"])
