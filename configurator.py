@@ -226,6 +226,7 @@ def cast(name: str, value, kind):
 # ---------------------------------------------------------------------------------------------
 # Config files. A reader yields (line, name, value), and raises its own format's error.
 
+LARGEST = 100_000  # characters; a longer file is not a config
 LITERAL = "expected a plain value such as 5, 'text', True or [1, 2]; write no names or arithmetic"
 
 
@@ -286,7 +287,9 @@ def read_file(path: str):
     lines = {}  # name -> where it was set
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ConfigError(f"{path}: expected a config of at most {LARGEST} characters")
         for line, name, value in read(text):
             if name in lines:
                 raise ConfigError(f"{path}:{line}: `{name}` was set on line {lines[name]}")

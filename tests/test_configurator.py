@@ -387,6 +387,7 @@ def test_odd_arguments_refused(capsys):
         ("n_layer = " + "-" * 5000 + "1", "c.py: nested too deeply"),
         ("n_layer = " + "(" * 5000, "c.py:1: too many nested parentheses"),
         ("n_layer = " + "1+" * 20000 + "1", "c.py: nested too deeply"),
+        ("# " * 50001, "c.py: expected a config of at most 100000 characters"),
         (b"\xff\xfe\x00\x01", "c.py: 'utf-8' codec can't decode byte 0xff"),
         (b"n_layer = 1\0", "c.py"),
     ],
