@@ -146,6 +146,10 @@ class Config:
             refuse("init_from", "the decoder's weights with freeze_decoder", self.init_from)
         if self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
+        if self.features == "pooled" and self.n_prefix >= self.block_size:
+            refuse("n_prefix", f"less than block_size={self.block_size}", self.n_prefix)
+        if self.features == "grid" and self.grid**2 >= self.block_size:
+            refuse("grid", f"grid * grid less than block_size={self.block_size}", self.grid)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -300,6 +300,11 @@ def test_a_start_without_a_dataset_does_nothing(capsys, argv):
         ("--n_embd=510", "--n_embd: expected a multiple of n_head=8, got `510`"),
         ("--min_lr=1", "--min_lr: expected at most learning_rate=0.001, got `1.0`"),
         ("--learning_rate=1e-5", "min_lr: expected at most learning_rate=1e-05, got `0.0001`"),
+        ("--n_prefix=128", "--n_prefix: expected less than block_size=128, got `128`"),
+        (
+            "--features=grid --grid=12",
+            "--grid: expected grid * grid less than block_size=128, got `12`",
+        ),
         ("--n_emdb=3", "--n_emdb: no such setting, did you mean `--n_embd`?"),
         ("--out-dir=x", "--out-dir: no such setting, did you mean `--out_dir`?"),
         ("--qqq", "--qqq: no such setting"),

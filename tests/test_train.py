@@ -406,7 +406,6 @@ def test_the_learning_rate_warms_up_and_decays():
         (["--n_layer=six"], "expected an int"),
         (["--dataset=none"], "data/none/meta.json not found: run `python prepare.py"),
         (["--block_size=10"], "set --block_size="),
-        (["--n_prefix=32"], "block_size=32 is too short for a prefix of 32 and a caption of"),
         (["--batch_size=4096"], "exceeds the 24 training images"),
         (["--device=gpu"], "device=gpu: this PyTorch sees only"),
         (["--device=cuda"], "device=cuda:0: this PyTorch sees only cpu"),
