@@ -292,12 +292,13 @@ def java_missing(tokens: str = "words") -> str | None:
     """Return None if the toolkit's Java programs can run, else one line on what they need."""
     if tokens == "characters":
         return "METEOR and --java count words: leave out --tokens=characters"
-    if shutil.which("java") and importlib.util.find_spec("pycocoevalcap"):
+    package = importlib.util.find_spec("pycocoevalcap")
+    needed = {"java": shutil.which("java"), "pycocoevalcap": package}
+    missing = " and ".join(name for name, place in needed.items() if not place)
+    if not missing:
         return None
-    return (
-        "METEOR and --java need java and pycocoevalcap: install a Java runtime (8 or later) and "
-        "`pip install -r requirements-coco.txt`"
-    )
+    install = "install a Java runtime (8 or later) and `pip install -r requirements-coco.txt`"
+    return f"METEOR and --java need {missing}: {install}"
 
 
 def java_tokenize(captions: Sequence[str]) -> list[str]:
