@@ -5,8 +5,8 @@
     tokenizer.decode(captions[i][0].ids)                # the best caption of image i
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
-per row. Finished captions leave the batch, except on a GPU, where a step takes as long without
-them (parts/graphs.py). An image's captions do not depend on its batch.
+per row. Finished captions leave the batch, unless a step is a CUDA graph, which takes as long
+without them (parts/graphs.py). An image's captions do not depend on its batch.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """

@@ -187,21 +187,27 @@ def text_problem(text) -> str:
     return "" if any(c.isprintable() and c != " " for c in text) else "empty"
 
 
-def token_ids(tokens: str | list, tokenizer) -> list[int] | None:
+def token_ids(tokens, tokenizer) -> list[int] | None:
     """Return a caption's ids, from a list or from text such as `5 12 7` or `[5, 12, 7]`, without
     bos and eos. Return None if it is neither, or not all are the tokenizer's ordinary ids or unk.
     """
     special = {tokenizer.pad, tokenizer.bos, tokenizer.eos} - {tokenizer.unk}
-    try:
-        ids = [int(word) for word in re.sub(r"[\[\],]", " ", str(tokens)).split()]
-    except ValueError:
+    ids = tokens
+    if isinstance(tokens, str):
+        try:
+            ids = [int(word) for word in re.sub(r"[\[\],]", " ", tokens).split()]
+        except ValueError:
+            return None
+    if not isinstance(ids, list):
         return None
     if ids[:1] == [tokenizer.bos]:
         ids = ids[1:]
     if ids[-1:] == [tokenizer.eos]:
         ids = ids[:-1]
-    is_good = all(0 <= i < len(tokenizer) and i not in special for i in ids)
-    return ids if ids and is_good else None
+    for i in ids:
+        if type(i) is not int or not 0 <= i < len(tokenizer) or i in special:
+            return None
+    return ids or None
 
 
 class Gathering:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,21 @@ def test_val_images_are_moved_from_train_and_keep_their_folder(here, clip):
         prepare.main(Config(**{**vars(cfg), "val_images": 0}))
     with pytest.raises(UserError, match="val_images=5, but there are 5 images in all"):
         prepare.main(Config(**{**vars(cfg), "val_images": 5}))
+
+
+class Ids(SimpleNamespace):
+    """A tokenizer of ten ids."""
+
+    def __len__(self):
+        return 10
+
+
+def test_tokens_are_one_list_of_whole_numbers():
+    ids = Ids(pad=0, bos=1, eos=2, unk=3)
+    for tokens in ([1, 5, 3, 2], [5, 3], "5 3", "[5, 3]"):
+        assert sources.token_ids(tokens, ids) == [5, 3]
+    for tokens in (5, [[5, 3]], [5, True], [5, 3.0], ["5"], [5, 10], [5, 0], "5 x", [], None):
+        assert sources.token_ids(tokens, ids) is None
 
 
 def test_the_users_own_tokens_and_tokenizer(here, clip, capsys):
