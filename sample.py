@@ -57,6 +57,7 @@ class SampleConfig(Decoding):
     # --method=nearest borrows a caption of the nearest training images; --rerank orders n_best by
     # how well each agrees with the others, the captions of those images, or the image
     neighbours: int = 20  # nearest training images
+    pick: str = "consensus"  # the caption that nearest borrows: consensus random
     rerank: str = "none"  # none consensus neighbours clip
     rerank_weight: float = 0.0  # of log p, which is added to the agreement
     tokens: str = "words"  # what agreement and scores count: words characters
@@ -82,7 +83,8 @@ class SampleConfig(Decoding):
         one_of(self, "track", "none mlflow")
         one_of(self, "tokens", "words characters")
         one_of(self, "rerank", "none consensus neighbours clip")
-        within(self, "neighbours", 1, 1000)
+        one_of(self, "pick", "consensus random")
+        within(self, "neighbours", 1, 1000 if self.pick == "consensus" else 10**6)
         within(self, "rerank_weight", 0)
         if self.split and self.image:
             raise ConfigError("give either --split=<name> or --image <files and folders>")
@@ -98,6 +100,7 @@ class SampleConfig(Decoding):
             ("rerank", self.n_best > 1, "--n_best=2 or more"),
             ("rerank_weight", self.rerank != "none", "--rerank"),
             ("neighbours", borrows, "--rerank=neighbours"),
+            ("pick", self.method == "nearest", "--method=nearest"),
             ("java", self.split, "--split"),
             ("track", self.gallery, "--gallery"),
             ("attention", shown, "--gallery or --out_json"),
@@ -262,9 +265,9 @@ class Captioner:
             return []
         embeddings = embeddings.to(self.device.torch_device)
         if self.cfg.method == "nearest":
-            borrowed = self.neighbours.borrow(embeddings)
-            best = [texts[self.cider.agreement(strings).argmax()] for texts, strings in borrowed]
-            predictions = [{"caption": caption} for caption in best]
+            predictions = []
+            for item, lent in zip(items, self.neighbours.borrow(embeddings), strict=True):
+                predictions.append({"caption": self.pick(item["number"], *lent)})
         else:
             predictions = self.decode(embeddings, items)
         predictions = [item | p for item, p in zip(items, predictions, strict=True)]
@@ -273,6 +276,12 @@ class Captioner:
         if self.cfg.clip_score:
             self.add_clip_scores(embeddings, predictions)
         return predictions
+
+    def pick(self, number: int, captions: list[str], strings: list[str]) -> str:
+        """Return one of the captions that an image may borrow."""
+        if self.cfg.pick == "random":
+            return captions[np.random.default_rng((self.cfg.seed, number)).integers(len(captions))]
+        return captions[self.cider.agreement(strings).argmax()]
 
     def decode(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
         """Return the model's best caption of each image, and what the gallery shows of it."""

@@ -103,6 +103,22 @@ def test_the_floor_is_written_and_scored_like_a_models_captions(trained, capfd):
         assert p["caption"] in [c for i in row.topk(3).indices for c in captions[i]]
 
 
+def test_a_random_caption_of_the_neighbours_is_the_floors_floor(trained):
+    """FIELD's table begins with random captions: of any image, and of the nearest one."""
+    training = Split("data/tiny", "train")
+    _, captions = training.references()
+    cfg = replace(trained, method="nearest", pick="random")
+    nearest = replace(cfg, neighbours=1)
+    best = [p["caption"] for p in predictions_of(replace(nearest, pick="consensus"))]
+    drawn = [[p["caption"] for p in predictions_of(replace(nearest, seed=s))] for s in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    for one, other in zip(drawn[0], best, strict=True):
+        assert any(one in own and other in own for own in captions)
+    anywhere = {p["caption"] for p in predictions_of(replace(cfg, neighbours=10**6))}
+    assert len(anywhere - {*drawn[0], *best}) > 1
+    assert anywhere <= {caption for own in captions for caption in own}
+
+
 @pytest.mark.parametrize("method", ["beam", "sample"])
 @pytest.mark.parametrize("rerank", ["consensus", "neighbours"])
 def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rerank):
@@ -134,6 +150,8 @@ def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rera
         (dict(rerank="consensus"), "rerank: does nothing without --n_best=2 or more"),
         (dict(rerank_weight=1.0), "rerank_weight: does nothing without --rerank"),
         (dict(neighbours=3), "neighbours: does nothing without"),
+        (dict(pick="random"), "pick: does nothing without --method=nearest"),
+        (dict(method="nearest", neighbours=1001), "neighbours: expected"),
         (
             dict(method="nearest", prompt="a"),
             "prompt and attention do nothing with --method=nearest",
