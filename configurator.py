@@ -75,7 +75,7 @@ class Config:
     min_lr: float = 1e-4  # minimum, reached after the decay
     warmup_iters: int = 200  # steps of linear warmup
     lr_decay_iters: int = 0  # step at which the decay ends, 0 = max_iters
-    lr_decay: str = "cosine"  # cosine, or linear: constant for one half, straight for the other
+    lr_decay: str = "cosine"  # cosine, or linear: constant for one half, then a line
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the decoder
     weight_decay: float = 0.1  # of matrices only, not of vectors
     beta1: float = 0.9  # of AdamW
@@ -87,8 +87,8 @@ class Config:
     # -- self-critical training -----------------------------------------------------------
     objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
     from_scratch: bool = False  # scst without init_from, from random weights
-    scst_samples: int = 5  # captions sampled of each image
-    scst_references: float = 0.0  # scst: weight of the references' cross-entropy beside the reward
+    scst_samples: int = 5  # captions sampled per image
+    scst_references: float = 0.0  # weight of the references' cross-entropy, added to the loss
     # -- evaluation -----------------------------------------------------------------------
     eval_interval: int = 500  # steps between evaluations
     eval_images: int = 500  # val images captioned greedily and scored by CIDEr, 0 = all
@@ -144,7 +144,8 @@ class Config:
             refuse("init_from", expected, self.init_from)
         if self.freeze_decoder and not self.init_from:
             refuse("init_from", "the decoder's weights with freeze_decoder", self.init_from)
-        if self.min_lr > self.learning_rate:
+        decays = self.objective == "xe" or self.lr_decay_iters > 0  # otherwise min_lr is not used
+        if decays and self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
         if self.features == "pooled" and self.n_prefix >= self.block_size:
             refuse("n_prefix", f"less than block_size={self.block_size}", self.n_prefix)
@@ -191,7 +192,6 @@ def within(cfg, names: str, low, high=10**9):
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOTHING = ("none", "auto", "null")
-kinds_of = get_type_hints  # of a settings class: {name: type}, inherited ones included
 EXPECTED = {bool: "true or false", int: "an int", float: "a float", str: "a string", dict: "a dict"}
 
 
@@ -345,7 +345,7 @@ def configure(cls, argv: list[str], usage: str = "", files: bool = True, positio
 
 def read_flags(cls, argv: list[str], positional: list[str]) -> tuple[list, list]:
     """Return the arguments that set nothing, and ("--", name, value) for those that do."""
-    kinds = kinds_of(cls)
+    kinds = get_type_hints(cls)
     args = list(argv)
     rest, flags = [], []
     lists = {}  # tuple setting -> its values so far: given again, it grows
@@ -386,7 +386,7 @@ def build(cls, settings, source: str = "--", hint: str = ""):
     Raise ConfigError. It opens with `where`: a file and line, a checkpoint, or a flag's dashes;
     if a setting without a default is missing, with `source`, and it ends with `hint`.
     """
-    kinds = kinds_of(cls)
+    kinds = get_type_hints(cls)
     values = {}
     origin = {}  # name -> where it was set
     try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -710,7 +711,7 @@ def settings_or_one_line(capsys, argv, cls=Config):
     out, err = capsys.readouterr()
     if cfg is not None:
         assert err == "" and from_dict(cls, asdict(cfg), "again") == cfg
-        for name, kind in configurator.kinds_of(cls).items():
+        for name, kind in get_type_hints(cls).items():
             assert configurator.cast(name, getattr(cfg, name), kind) == getattr(cfg, name)
     elif status == 0:
         assert err == "" and ("-h" in argv or "--help" in argv)

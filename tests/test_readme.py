@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from typing import get_type_hints
 
 import pytest
 from helpers import ROOT, finish, many, spawn, tiny_clip
@@ -66,7 +67,7 @@ def test_every_script_and_setting_it_names_exists():
 
     import bench
     import bench_gpu
-    from configurator import Config, kinds_of
+    from configurator import Config
     from parts.export import ExportConfig
     from parts.shapes_clip import ShapesConfig
     from sample import SampleConfig
@@ -74,7 +75,7 @@ def test_every_script_and_setting_it_names_exists():
     settings = (Config, SampleConfig, ExportConfig, ShapesConfig, bench.TrainBench,
                 bench.DecodeBench, bench_gpu.GpuBench, bench_prepare.Bench,
                 bench_scale.ScaleConfig)  # fmt: skip
-    known = {name for kind in settings for name in kinds_of(kind)}
+    known = {name for kind in settings for name in get_type_hints(kind)}
     known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts out help".split())
     assert not set(re.findall(r"--(\w+)", README)) - known
 

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import train
-from configurator import Config
+from configurator import Config, ConfigError
 from data import Split
 from decode import Caption
 from model import ClipLM, ModelConfig, loss_sum
@@ -221,6 +221,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(here):
     with pytest.raises(UserError, match="other.pt was trained on another dataset: tokenizer.model"):
         train.main(Config(**cfg | dict(init_from="other.pt")))
     assert not Path("out/tiny_scst").exists()
+
+
+def test_a_constant_learning_rate_may_be_below_min_lr():
+    """`--learning_rate=1e-5` beside config/shapes_scst.py was refused for the min_lr of shapes.py,
+    to which nothing decays."""
+    scst = dict(dataset="x", objective="scst", from_scratch=True)
+    scst |= dict(learning_rate=1e-5, min_lr=2e-5)
+    assert train.learning_rate(300, Config(**scst)) == 1e-5
+    with pytest.raises(ConfigError, match="min_lr: expected at most learning_rate=1e-05"):
+        Config(**scst, lr_decay_iters=100)
 
 
 @pytest.mark.parametrize(
