@@ -41,6 +41,8 @@ class Device:
         self.rank = int(os.environ.get("RANK", 0))
         self.is_first = self.rank == 0
         self.torch_device = find_device(name)
+        if self.world > 1 and name.startswith("cuda:"):
+            raise UserError(f"device={name} is one GPU, for {self.world} processes: set cuda")
         self.type = self.torch_device.type
         if self.type == "cuda":
             torch.cuda.set_device(self.torch_device)
@@ -49,7 +51,7 @@ class Device:
             dtype = "bfloat16" if computes_in_bfloat16(self.type) else "float32"
         self.dtype = getattr(torch, dtype)
         if self.world > 1:
-            # Imported after the group was made, the compiler would keep gloo's threads alive.
+            # If the compiler were first imported later, it would keep gloo's threads alive.
             from torch import _dynamo  # noqa: F401
 
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.type == "cuda" else "gloo")
@@ -163,14 +165,15 @@ class Device:
         return time.perf_counter() - begin
 
     def wrap(self, model: nn.Module, compile: bool | None):
-        """Return the model to train with: compiled, and under DDP if there are more processes.
+        """Return the model to train with: under DDP if there are more processes. Its blocks are
+        compiled in place.
 
         compile: None compiles on CUDA, if there is a compiler. Raises UserError if it was asked
         for and there is none.
         """
-        variable, *names = ("CC", "gcc", "clang", "cc")
-        if self.type != "cuda":
-            variable, *names = ("CXX", "g++", "clang++")
+        variable, names = "CXX", ["g++", "clang++"]
+        if self.type == "cuda":
+            variable, names = "CC", ["gcc", "clang", "cc"]
         names = [os.environ[variable]] if variable in os.environ else names
         has_compiler = any(map(shutil.which, names))
         if compile and not has_compiler:
@@ -214,8 +217,8 @@ def computes_in_bfloat16(device_type: str) -> bool:
 class Signals:
     """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
-    SIGHUP, of a terminal or connection that is lost, only asks: the shell sends one, and the system
-    another. nohup has it ignored.
+    SIGHUP (a closed terminal, a lost connection) asks too, but never ends the process: the shell
+    and the system send one each. Under nohup it stays ignored.
 
     A scheduler may signal torchrun and its processes, and torchrun passes its own on to them:
     what comes within `echo` seconds of the first is the same signal.
