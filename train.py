@@ -40,7 +40,7 @@ from parts.muon import Muon
 from parts.tracking import Tracker
 from selfcritical import SelfCritical
 
-PREEMPTED = 75  # exit status after SIGTERM or SIGINT: saved, run again with --resume
+PREEMPTED = 75  # exit status after a signal: saved, run again with --resume
 
 # ---------------------------------------------------------------------------------------------
 # The loop
@@ -88,6 +88,7 @@ def train(cfg: Config, device: Device) -> dict | None:
             return progress.scores
         if stopping:
             log.say(f"stopped by a signal after step {progress.step}: run again with --resume")
+            log.bar.close()
             log.tracker.close("KILLED")
             return None
 
@@ -100,8 +101,8 @@ def train(cfg: Config, device: Device) -> dict | None:
         progress.step += 1
         training.average.update(progress.step)
 
-        # -- log. Only here does the CPU wait for a GPU, which otherwise has the next step's work
-        #    before it ends this one's. The loss is summed over the ranks only when it is shown.
+        # -- log. Only here does the CPU wait for a GPU. In other steps it runs ahead, so that the
+        #    GPU always has work. The loss is summed over the ranks only when it is logged.
         log.count(counts, waited)
         if progress.step % cfg.log_interval == 0:
             norm = training.read_norms()
@@ -146,9 +147,10 @@ def learning_rate(step: int, cfg: Config) -> float:
 class Training:
     """All that a run needs: data, model, optimizer, evaluator and log, new or from last.pt.
 
-    The order in which they are made matters in one way: random numbers. The first weights depend
-    on the seed alone; after that each rank draws its own (dropout, noise), and on --resume the
-    states of the generators are restored last.
+    The order matters. `init_from` is read before an earlier run's files are moved, since it may be
+    one of them. The average copies the weights once they are loaded, and before `wrap` compiles the
+    blocks. The first weights depend on the seed alone; then each rank has its own random numbers
+    (dropout, noise), and nothing after `resume` draws from them.
     """
 
     def __init__(self, cfg: Config, device: Device):
@@ -187,8 +189,8 @@ class Training:
 
         # -- resume, or make room for a new run
         averaged: dict = {}
-        resumes = cfg.resume and self.last_path.is_file()
-        if resumes:
+        self.resumes = cfg.resume and self.last_path.is_file()
+        if self.resumes:
             averaged = self.resume()
         elif cfg.init_from:
             if cfg.init_from.endswith(".pt") or Path(cfg.init_from).is_file():
@@ -200,17 +202,17 @@ class Training:
         self.evaluator = Evaluator(self.average.model, validation, cfg, device, self.signals)
         if len(set(device.gather(self.progress.step))) > 1:
             raise UserError(f"{self.last_path} is not the same on every machine: share its folder")
-        # -- the model that training calls, compiled or in DDP, with the same weights. Evaluation
-        #    and checkpoints use the model itself, whose parameter names carry no wrapper's.
+        # -- what training calls: the model, in DDP if there are more processes. `wrap` compiles the
+        #    blocks of the model itself. Checkpoints are of the model: DDP would rename its weights.
         self.wrapped = device.wrap(self.model, cfg.compile)
         self.self_critical = None
         if cfg.objective == "scst":
             self.self_critical = SelfCritical(self.model, self.split, cfg, device)
         kind = cfg.track if device.is_first else "none"
-        tracker = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, resumes)
-        if device.is_first and not resumes:
-            checkpoint.move_earlier_run(cfg.run_dir)
-        self.log = Log(cfg, device, self.model, self.progress.step, tracker)
+        tracker = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, self.resumes)
+        if not self.resumes:
+            device.on_first(lambda: checkpoint.move_earlier_run(cfg.run_dir))
+        self.log = Log(cfg, device, self.model, self.progress.step, self.resumes, tracker)
         self.introduce()
 
     def batches(self, steps: range) -> Iterator[tuple[list[dict], dict]]:
@@ -341,11 +343,14 @@ class Training:
         random = state["random"]
         if len(random) == self.device.world:
             self.device.set_random_states(random[self.device.rank])
-        if len(random) != self.device.world or self.device.type not in random[0]:
-            wrote = f"{len(random)} x {' '.join(random[0])}"
-            own = f"{self.device.world} x {self.device.type}"
+        wrote = f"{len(random)} x {[*random[0]][-1]}"  # the device's own generator comes last
+        own = f"{self.device.world} x {self.device.type}"
+        if wrote != own:
             self.notes.append(f"checkpoint from {wrote}, now {own}: random numbers will differ")
         self.progress = Progress.from_dict(state)
+        if self.progress.best != Progress.best and not self.best_path.is_file():
+            self.progress.evaluated_at, self.progress.best = -1, Progress.best
+            self.notes.append(f"{self.best_path} is missing: the best from here on replaces it")
         return state["average"]
 
     def load_weights(self, path: Path | str, hint: str) -> dict:
@@ -373,10 +378,11 @@ class Training:
         )
         if cfg.objective == "scst":
             self.log.say(self.self_critical.signature())
-        if cfg.resume and self.progress.step:
+        if self.resumes:
             self.log.say(f"resumed from {self.last_path} at step {self.progress.step}")
         elif cfg.resume:
-            self.log.say(f"no {self.last_path} yet: starting from scratch")
+            begin = f"beginning with {cfg.init_from}" if cfg.init_from else "starting from scratch"
+            self.log.say(f"no {self.last_path} yet: {begin}")
         for name in ("features", "grid", "normalize", "lowercase"):
             prepared = getattr(self.split.meta, name)
             if getattr(cfg, name) != prepared:

@@ -13,15 +13,14 @@ from parts.tracking import Tracker
 class Log:
     """The progress bar, log.jsonl and the tracker; silent on every rank but the first."""
 
-    def __init__(self, cfg, device, model, step: int, tracker: Tracker):
+    def __init__(self, cfg, device, model, step: int, resumes: bool, tracker: Tracker):
         self.device, self.model, self.tracker = device, model, tracker
         self.peak = device.matmul_rate() * device.world  # FLOP/s, the most that was measured
         # None: a bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step",
                         disable=None if device.is_first else True)  # fmt: skip
         self.path = cfg.run_dir / "log.jsonl"
-        if device.is_first:
-            write_text(self.path, lines_until(self.path, step))
+        device.on_first(lambda: write_text(self.path, lines_until(self.path, step, resumes)))
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -42,7 +41,9 @@ class Log:
         """Log a step's figures, and the speed since the last line."""
         seconds = time.perf_counter() - self.begin
         flops = training_flops(self.model, self.counts["images"], self.counts["targets"])
-        self.peak = max(self.peak, flops / seconds)  # the machine was busy when it was measured
+        self.peak = max(
+            self.peak, flops / seconds
+        )  # above it: the machine was busy when it was measured
         row = {
             "step": step,
             "loss": loss,
@@ -99,9 +100,10 @@ class Log:
             print(f"best CIDEr {best[0]:.4f} in {best_path}")
 
 
-def lines_until(path, step: int) -> str:
-    """Return the log's lines up to `step`; a resumed run writes the later ones again."""
-    if not step or not path.is_file():
+def lines_until(path, step: int, resumes: bool = True) -> str:
+    """Return the lines that a run keeps: none if it is new; if it is resumed, those up to `step`,
+    since it writes the later ones again."""
+    if not resumes or not path.is_file():
         return ""
     return "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step)
 
@@ -110,11 +112,13 @@ def training_flops(model, images: int, tokens: int) -> float:
     """Return the useful floating-point operations of one training step.
 
     Six for each weight that a position passes through (two forward, four backward; Kaplan et
-    al. 2020, arXiv:2001.08361). Attention's own few per cent and padding are left out.
+    al. 2020, arXiv:2001.08361), four if it is frozen. Attention's own few per cent and padding are
+    left out.
     """
     cfg = model.cfg
     # 12 C^2 weights per layer: 4 C^2 in attention, 8 C^2 in the MLP
     decoder = 12 * cfg.n_embd**2 * cfg.n_layer * (images * cfg.prefix_length + tokens)
     mapper = sum(p.numel() for p in model.mapper.parameters() if p.dim() == 2)
     head = cfg.vocab_size * cfg.n_embd * tokens
-    return 6.0 * (decoder + mapper * images * cfg.n_positions + head)
+    each = 6 if model.lm_head.weight.requires_grad else 4
+    return float(each * (decoder + head) + 6 * mapper * images * cfg.n_positions)

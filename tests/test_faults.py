@@ -217,6 +217,7 @@ def test_any_torn_last_line_is_tolerated_and_mended(tmp_path, torn):
     assert lines_until(path, 3) == "".join(lines)
     assert lines_until(path, 2) == "".join(lines[:2])
     assert lines_until(path, 0) == ""
+    assert lines_until(path, 3, resumes=False) == ""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -175,6 +175,24 @@ def test_what_may_change_on_resume_is_noted_and_takes_effect(here, capfd):
     assert group["weight_decay"] == 0.5 and group["betas"][1] == 0.5
 
 
+def test_a_mistake_that_the_first_process_finds_is_one_line(here):
+    """The other one ended in a traceback: gloo's connection was closed."""
+    finish(start("train.py", *flags(max_iters=2), processes=2))
+    log = Path("out/tiny/log.jsonl")
+    log.write_text("nothing\n" + log.read_text())
+    output = finish(start("train.py", *flags(), "--resume", processes=2), status=1)
+    assert output.count("out/tiny/log.jsonl") == 1, output
+    assert "gloo" not in output and "RuntimeError" not in output, output
+
+
+def test_one_gpu_is_not_for_two_processes(monkeypatch):
+    """NCCL refused it with a traceback on each rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("parts.device.find_device", torch.device)
+    with pytest.raises(UserError, match="device=cuda:1 is one GPU, for 2 processes: set cuda"):
+        Device("cuda:1", "float32")
+
+
 def test_fewer_processes_resume_where_more_stopped(here, capfd):
     """With other random numbers, which is noted; without dropout there are none."""
     args, short = flags(lr_decay_iters=12), "--max_iters=6"
@@ -183,6 +201,48 @@ def test_fewer_processes_resume_where_more_stopped(here, capfd):
     log = succeed("train.py", [*args, "--out_dir=parts", "--resume"], capfd)
     assert "note: checkpoint from 2 x cpu, now 1 x cpu: random numbers will differ" in log
     assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
+
+
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu_with_a_note(here, capfd):
+    """It has the generator of the GPU next to the CPU's, and nothing was said."""
+    train.main(Config(**SMALL))
+    state = torch.load("out/tiny/last.pt", weights_only=True)
+    state["random"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, "out/tiny/last.pt")
+    train.main(Config(**SMALL | dict(resume=True)))
+    said = capfd.readouterr().out
+    assert "note: checkpoint from 1 x cuda, now 1 x cpu: random numbers will differ" in said
+
+
+def test_a_run_whose_ckpt_was_moved_away_writes_one_again(here, capfd):
+    """It ended with "best CIDEr … in out/tiny/ckpt.pt", and there was none."""
+    train.main(Config(**SMALL))
+    before = weights("out/tiny/last.pt")
+    os.remove("out/tiny/ckpt.pt")
+    train.main(Config(**SMALL | dict(resume=True)))
+    assert "note: out/tiny/ckpt.pt is missing: the best" in capfd.readouterr().out
+    assert all(torch.equal(v, before[k]) for k, v in weights("out/tiny/ckpt.pt").items())
+
+
+def test_the_evaluation_before_the_first_step_survives_a_kill(here, capfd, monkeypatch):
+    """`--resume` emptied the log, and said that it was starting from scratch."""
+    train.main(Config(**SMALL))
+    more = SMALL | dict(init_from="out/tiny/ckpt.pt", out_dir="more")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Training, "update", stop)
+        train.main(Config(**more))
+    first = log_of("more")
+    assert [row["step"] for row in first] == [0] and "CIDEr" in first[0]
+    capfd.readouterr()
+    train.main(Config(**more | dict(resume=True)))
+    assert "resumed from more/last.pt at step 0" in capfd.readouterr().out
+    assert log_of("more")[0] == first[0]
+    train.main(Config(**more | dict(resume=True, out_dir="new")))
+    assert "no new/last.pt yet: beginning with out/tiny/ckpt.pt" in capfd.readouterr().out
 
 
 def test_of_equal_cider_the_lower_loss_is_kept(here, monkeypatch):
