@@ -1,8 +1,8 @@
 """Self-critical training: the model's own captions, weighted by how good they are.
 
 Cross-entropy teaches which word follows in a reference. What counts is the whole caption, as CIDEr
-judges it. So the model writes K captions of each image, and learns to make those likelier that
-are better than its others, and the others less likely (Rennie et al. 2017, arXiv:1612.00563):
+judges it. So the model writes K captions of each image. It learns to make those more likely that
+are better than the others, and the rest less likely (Rennie et al. 2017, arXiv:1612.00563):
 
     reward      r_k = CIDEr-D of caption k against the image's references
     advantage   A_k = r_k - mean of the other K - 1 rewards (Luo 2020, arXiv:2003.09971)
@@ -11,11 +11,11 @@ are better than its others, and the others less likely (Rennie et al. 2017, arXi
 The K samples of an image are one packed row, as its references are in cross-entropy training. So
 the gradient comes from the very same forward pass, with a weight for each target.
 
-What goes wrong elsewhere, and is seen to here:
+Common mistakes, which this file avoids:
 - The end token is a word of the reward. Without it, captions learn to break off after "with a". A
   caption that was cut off at the longest length has no end.
-- Captions are sampled and their gradient is taken by the same function: no dropout in either, no
-  temperature, no filter. p is the model's own.
+- No dropout, temperature or filter, neither in sampling nor in the gradient: p is the model's own.
+  (Sampling never draws pad, bos or unk, to which a trained model gives almost nothing.)
 - Document frequencies come from all training references, never from a batch.
 """
 
@@ -32,7 +32,7 @@ from parts.device import Device
 
 
 class SelfCritical:
-    """Makes training batches of sampled captions, in the place of `data.batches`.
+    """Makes training batches of sampled captions, in place of `data.batches`.
 
     Args:
         model: the model that is trained; without dropout.
@@ -51,9 +51,9 @@ class SelfCritical:
     def batches(self, order: Order, steps: range) -> Iterator[tuple[list[dict], dict]]:
         """Yield, for each step, this rank's micro-batches and the counts of the whole batch.
 
-        They are those of `data.batches`, with `weights` (M,) in each micro-batch and with sums
-        over all captions in the counts, of which the log shows the means. A sample depends on the
-        seed, the step and its image, so that any number of ranks draws the same captions.
+        The micro-batches are those of `data.batches`, plus `weights` (M,). The counts also hold
+        sums over all captions (reward, length, …), whose means are logged. A sample depends only on
+        the seed, the step and its image, so that any number of ranks draws the same captions.
         """
         device, micro_steps = self.device, self.cfg.gradient_accumulation_steps
         for step in steps:
@@ -120,20 +120,16 @@ class SelfCritical:
         tokenizer, K = self.split.tokenizer, self.cfg.scst_samples
         tokens, weights, lengths = [], [], []
         for row, image in enumerate(images):
-            length = 0
+            before = len(tokens)
             for i in range(row * K, (row + 1) * K):
                 ids = captions[i].ids
-                tokens.append([tokenizer.bos, *ids])
-                weights.append(np.full(len(ids) + 1, advantages[i]))
-                if not captions[i].ended:
-                    weights[-1][-1] = 0
-                length += len(ids) + 1
+                tokens += [tokenizer.bos, *ids]
+                weights += [advantages[i]] * len(ids) + [advantages[i] * captions[i].ended]
             if self.cfg.scst_references:
-                references = self.split.caption_tokens(image)
-                tokens.append(references)
-                weights.append(np.full(len(references), self.cfg.scst_references))
-                length += len(references)
-            lengths.append(length)
-        packed = pack_rows(np.concatenate(tokens), np.array(lengths), tokenizer)
-        weights = torch.from_numpy(np.concatenate(weights).astype(np.float32))
+                references = self.split.caption_tokens(image).tolist()
+                tokens += references
+                weights += [self.cfg.scst_references] * len(references)
+            lengths.append(len(tokens) - before)
+        packed = pack_rows(np.array(tokens), np.array(lengths), tokenizer)
+        weights = torch.from_numpy(np.array(weights, np.float32))
         return {"embeddings": embeddings, **packed, "weights": weights}
