@@ -6,7 +6,8 @@
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
 per row. Finished captions leave the batch, unless a step is a CUDA graph, which takes as long
-without them (parts/graphs.py). An image's captions do not depend on its batch.
+without them (parts/graphs.py). An image's captions do not depend on its batch;
+for samples, pass its own number in `numbers`.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
@@ -42,7 +43,7 @@ class Decoding:
     top_k: int = 0  # sample: only from the k most likely tokens, 0 = all; topk: 0 = 50
     top_p: float = 1.0  # sample: only from the most likely tokens that together reach p
     min_len: int = 1  # minimum caption length in tokens
-    max_len: int = 0  # maximum; 0: the data's longest caption or 40, as the model has room
+    max_len: int = 0  # maximum; 0: as long as captions of the data, see default_max_len
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice, 0 = off
     seed: int = 0  # of sampling
 
@@ -100,8 +101,8 @@ def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
 
 
 def default_max_len(size: ModelConfig, longest: int) -> int:
-    """Return the tokens at which captions are cut without a max_len: those of the longest caption
-    in the data, or 40 if these are more, as far as the model has room."""
+    """Return where captions are cut if no max_len is set: at the tokens of the longest caption in
+    the data, but at least 40, and at most what block_size leaves."""
     return min(max(40, longest), size.block_size - size.prefix_length)
 
 
@@ -118,8 +119,8 @@ def generate(
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
         numbers: one per image, to seed its samples besides cfg.seed; by default 0 to B - 1.
-        longest: the tokens of the longest caption in the data, with its end token. Without
-            cfg.max_len, captions are cut at this length, or at 40 tokens if it is less.
+        longest: the tokens of the longest caption in the data, with its end token: without
+            cfg.max_len, captions are cut at default_max_len.
 
     Raises UserError if the prompt or max_len does not fit the model's block.
     """
@@ -139,7 +140,7 @@ def generate(
         )
     if embeddings.is_cuda and isinstance(model, ClipLM):
         K = cfg.beams if cfg.method == "beam" else cfg.n_best
-        model = graphs.faster(model, embeddings, K, cfg.max_len)
+        model = graphs.with_graphs(model, embeddings, K, cfg.max_len)
     if cfg.method == "beam":
         return beam_search(model, embeddings, tokenizer, cfg, prompt_ids)
     uniform = None
@@ -163,8 +164,8 @@ def greedy_or_sample(
     device = embeddings.device
     B, n, L = len(embeddings), cfg.n_best, cfg.max_len
     N = B * n  # captions; row N below is a bin for the output of finished rows
-    stays = isinstance(model, graphs.GraphedDecoder)  # finished rows stay in the batch
-    has_ended = model.has_ended if stays else bool
+    is_graphed = isinstance(model, graphs.GraphedDecoder)  # finished rows stay in the batch
+    has_ended = model.has_ended if is_graphed else bool
     written = torch.full((N + 1, L), tokenizer.eos, device=device)
     written[:, : len(prompt)] = torch.tensor(prompt, device=device)
     logprobs = torch.zeros(N + 1, L, device=device)
@@ -189,7 +190,7 @@ def greedy_or_sample(
         caption = caption.masked_fill(token.view_as(caption) == tokenizer.eos, N)
         if t + 1 == L or has_ended((caption == N).all()):
             break
-        if not stays:
+        if not is_graphed:
             images, rows, caption = compact(caption, N)
             if rows is not None:
                 token, cache = token[rows], select_rows(cache, rows)
@@ -201,7 +202,8 @@ def greedy_or_sample(
 
 
 def compact(caption: Tensor, N: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Drop images whose captions are all finished, and as many rows per image as all can spare.
+    """Drop images whose captions are all finished. Shrink the others to as many rows as the busiest
+    of them still needs.
 
     caption (G, K) holds the number of the caption that each row writes; N marks a finished one.
     Every image keeps the same number of rows, so a finished row may stay as a filler. With N = 6:
@@ -281,7 +283,7 @@ def beam_search(
     grows, so no score can exceed log p now divided by the largest divisor possible.
     """
     device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
-    stays = isinstance(model, graphs.GraphedDecoder)  # images that are done stay in the batch
+    is_graphed = isinstance(model, graphs.GraphedDecoder)  # images that are done stay in the batch
     finished = Finished(B, n, L, tokenizer.eos, device)
     prefix_kv, logits, cache = prefill_prompt(model, embeddings, tokenizer, prompt, cfg.beams)
     image = torch.arange(B, device=device)  # (G,) the images that are not done
@@ -318,7 +320,7 @@ def beam_search(
         total, index = running.topk(min(cfg.beams, running.size(1)))
         largest_divisor = max(length**cfg.length_penalty, longest**cfg.length_penalty)
         is_open = total[:, 0] / largest_divisor > finished.score[image, -1]
-        if stays:
+        if is_graphed:
             total = total.masked_fill(~is_open[:, None], -math.inf)  # nothing is added any more
             keep = image
             has_ended = t + 1 == L or model.has_ended(~is_open.any())
@@ -395,14 +397,13 @@ def mask_forbidden(logits: Tensor, written: Tensor, tokenizer, cfg: Decoding) ->
         ngrams = written.unfold(1, n, 1)  # (N, t - n + 1, n)
         last = written[:, None, t - n + 1 :]  # (N, 1, n - 1): how the next n-gram begins
         is_repeated = (ngrams[..., :-1] == last).all(-1)
-        infinite = torch.zeros_like(is_repeated, dtype=logits.dtype)
-        infinite.masked_fill_(is_repeated, -math.inf)
+        infinite = torch.where(is_repeated, -math.inf, 0.0).to(logits)
         logits.scatter_add_(1, ngrams[..., -1], infinite)
     if t < cfg.min_len:
-        others = logits.clone()
-        others[:, tokenizer.eos] = -math.inf
-        can_only_end = others.amax(-1, keepdim=True) == -math.inf  # such a row may end
-        logits.copy_(torch.where(can_only_end, logits, others))
+        end = logits[:, tokenizer.eos].clone()
+        logits[:, tokenizer.eos] = -math.inf
+        can_only_end = logits.amax(-1) == -math.inf  # such a row may end
+        logits[:, tokenizer.eos] = torch.where(can_only_end, end, -math.inf)
 
 
 def select_rows(layers: list[KeyValue] | None, rows: Tensor) -> list[KeyValue] | None:

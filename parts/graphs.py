@@ -1,6 +1,6 @@
 """Decoding on a GPU: each step is a CUDA graph, one launch in place of two hundred.
 
-    model = faster(model, embeddings, K, max_len)   # on a GPU, a GraphedDecoder
+    model = with_graphs(model, embeddings, K, max_len)   # on a GPU, a GraphedDecoder
     prefix_kv = model.prefill(embeddings)           # which decodes as ClipLM does
     logits, cache = model.step(tokens, position, prefix_kv, cache)
 
@@ -54,6 +54,7 @@ class GraphedDecoder:
             self.position = torch.zeros(1, dtype=torch.long, device=device)
             self.row = torch.arange(K, device=device)
             self.slot = torch.arange(S, device=device)
+        self.flags: list[tuple] = []  # on their way to the CPU
         self.run_prefill, self.run_step = self.fill_prefix, self.decode
         if graph:
             self.run_prefill, self.run_step = captured(self.fill_prefix), captured(self.decode)
@@ -67,7 +68,7 @@ class GraphedDecoder:
 
     def prefill(self, embeddings: Tensor) -> list[tuple[Tensor]]:
         """Begin with the images' embeddings (B, n_positions, D). Return what an image sees."""
-        self.flags = []
+        self.flags.clear()
         self.embeddings.copy_(embeddings)
         self.run_prefill()
         return [(self.bias[:: self.K],)]
@@ -85,15 +86,17 @@ class GraphedDecoder:
         same = self.B * self.K // len(tokens)  # rows with the same token
         self.tokens.view(-1, same).copy_(tokens[:, None])
         if cache is not None:
-            ((seen,),) = cache
-            self.bias.view(len(tokens), same, -1).copy_(seen[:, None])
+            ((visible,),) = cache
+            self.bias.view(len(tokens), same, -1).copy_(visible[:, None])
         self.position.fill_(position)
         self.run_step()
         return self.logits[::same], [(self.bias[::same],)]
 
     def has_ended(self, flag: Tensor) -> bool:
-        """Return the flag of the call before this one: while it is read, the GPU has a step to do.
-        To wait for the newest would leave the GPU idle until the next step is launched."""
+        """Queue a flag for reading. Return the flag of the call before, at first False.
+
+        So a search takes one step too many, but the GPU always has a step to do while the CPU
+        waits for a flag."""
         event = None
         if flag.is_cuda:
             flag = flag.to("cpu", non_blocking=True)
@@ -113,9 +116,10 @@ class GraphedDecoder:
         self.kv.zero_()  # what is not seen counts 0 times, which must not be 0 times NaN
         self.bias.fill_(-math.inf)
         self.bias[:, :P] = 0.0
-        for own, (k, v) in zip(self.kv, self.model.prefill(self.embeddings), strict=True):
-            own[0, :, :, :P] = k
-            own[1, :, :, :P] = v
+        prefix_kv = self.model.prefill(self.embeddings)
+        for (keys, values), (k, v) in zip(self.kv, prefix_kv, strict=True):
+            keys[:, :, :P] = k
+            values[:, :, :P] = v
 
     def decode(self) -> None:
         decoder, P = self.model.transformer, self.cfg.prefix_length
@@ -172,19 +176,19 @@ def captured(work):
 DECODERS = weakref.WeakKeyDictionary()  # of each model, by shape; the last one used comes last
 
 
-def faster(model, embeddings: Tensor, K: int, max_len: int):
-    """Return what decodes these images on a GPU, with K rows each, faster: the model itself, or
-    a GraphedDecoder with the weights it has now."""
+def with_graphs(model, embeddings: Tensor, K: int, max_len: int):
+    """Return what decodes these images, with K rows each, fastest on a GPU: a GraphedDecoder with
+    the weights that the model has now; or the model itself, if there are too many rows."""
     B = len(embeddings)
     if B * K > MOST_ROWS or min(MOST_SHARING, model.cfg.vocab_size) < K:
         return model
-    own = DECODERS.setdefault(model, {})
+    decoders = DECODERS.setdefault(model, {})
     shape = B, K, max_len, dtype_of(model), embeddings.device
-    decoder = own.pop(shape, None)
+    decoder = decoders.pop(shape, None)
     if decoder is None:
-        while len(own) >= KEPT:
-            own.pop(next(iter(own)))
+        while len(decoders) >= KEPT:
+            decoders.pop(next(iter(decoders)))
         decoder = GraphedDecoder(model, B, K, max_len)
-    own[shape] = decoder
+    decoders[shape] = decoder
     decoder.load(model)
     return decoder

@@ -295,7 +295,7 @@ def test_fixed_rows_read_one_flag_per_step(cfg):
 
 
 def test_a_cpu_decodes_without_graphs(monkeypatch):
-    monkeypatch.setattr(graphs, "faster", None)
+    monkeypatch.setattr(graphs, "with_graphs", None)
     assert len(generate(peaked(), images(2), IDS, Decoding(max_len=8))) == 2
 
 
