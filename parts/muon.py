@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the given matrices steps whose directions are all of the same length.
+    """AdamW, but the steps of the given matrices are orthogonal: no direction outweighs another.
 
     A few directions make up most of a matrix's gradient, and so of AdamW's steps. Muon takes the
     momentum U S V^T (its singular value decomposition) and steps along U V^T instead (Jordan et
@@ -39,11 +39,12 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape[p.shape].append(p)
         # As in a fused AdamW, nothing changes if `found_inf` is set to 1.
-        finite = 1.0 - getattr(self, "found_inf", torch.zeros(1, device=p.device))
+        finite = 1.0 - getattr(self, "found_inf", torch.zeros(1, device=group["params"][0].device))
         for shape, same in by_shape.items():
             ahead = []
             for p in same:
                 if p not in self.state:
+                    # AdamW expects a "step" when it loads a state.
                     self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
                 average = self.state[p]["exp_avg"]
                 grad = p.grad.nan_to_num(0.0, 0.0, 0.0)
