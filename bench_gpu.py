@@ -91,8 +91,8 @@ def gpu(cfg: GpuBench) -> dict:
             results[name] = bench.attempt(name, partial(section, lab), lab.failed)
             took = time.monotonic() - started
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            row = {"section": name, "took_s": took, "graphs": graphs, "rows": results[name]}
-            append(out, json.dumps(about | row) + "\n")
+            row = {"section": name, "quick": cfg.quick, "took_s": took, "graphs": graphs}
+            append(out, json.dumps(about | row | {"rows": results[name]}) + "\n")
             print(f"   {name} took {took:.1f} s; {graphs} graphs compiled so far", flush=True)
     return about | {"sections": results, "failed": lab.failed}
 
@@ -101,23 +101,31 @@ BEGIN, END = "<!-- bench.py gpu -->", "<!-- end of bench.py gpu -->"
 
 
 def fill(readme: Path, out: Path) -> dict:
-    """Put the newest tables of `out` between the two marks in a README. Raise UserError if it
-    has no marks, or if there are no figures."""
+    """Put the newest tables of `out` between the two marks in a README: those of the last row's
+    hardware, precision and sizes. Raise UserError if there are no marks, or no figures."""
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise UserError(f"{readme} lacks the lines {BEGIN} and {END}")
-    if not out.is_file():
-        raise UserError(f"{out} not found: run `python bench.py gpu` first")
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    found = {row["section"]: row["rows"] for row in rows if row["rows"]}
-    about = rows[-1]
-    lines = [f"Measured on {about['hardware']}, {about['dtype']}: `python bench.py gpu`."]
+    text = out.read_text(encoding="utf-8") if out.is_file() else ""
+    rows = [row for row in map(json.loads, text.splitlines()) if row["rows"]]
+    if not rows:
+        raise UserError(f"no figures in {out}: run `python bench.py gpu` first")
+    hardware, dtype, quick = setup_of(rows[-1])
+    rows = [row for row in rows if setup_of(row) == (hardware, dtype, quick)]
+    found = {row["section"]: row["rows"] for row in rows}
+    command = "python bench.py gpu" + " --quick" * quick
+    lines = [f"Measured on {hardware}, {dtype}: `{command}`."]
     for name, measured in found.items():
         if name != "profile":
             lines += [f"\n*{name.capitalize()}*\n", bench.table(measured)]
     write_text(readme, "\n".join([before + begin, *lines, "", end + after]))
     return {"readme": str(readme), "sections": list(found)}
+
+
+def setup_of(row: dict) -> tuple[str, str, bool]:
+    """Return what two rows must share to stand in the same tables."""
+    return row["hardware"], row["dtype"], row.get("quick", False)
 
 
 # ---------------------------------------------------------------------------------------------

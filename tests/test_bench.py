@@ -215,6 +215,40 @@ def test_every_section_of_the_gpu_bench_runs(tmp_path, capsys):
         bench.main(fill)
 
 
+def test_the_tables_are_of_one_machine_one_precision_and_one_size(tmp_path):
+    """Found figures of two machines below the name of the newer one, those of --quick among them,
+    and an IndexError for an empty file."""
+    readme, out = tmp_path / "README.md", tmp_path / "gpu.jsonl"
+    marks = f"{bench_gpu.BEGIN}\n{bench_gpu.END}\n"
+    fill = ["gpu", f"--out={out}", f"--readme={readme}"]
+
+    def filled(*rows: dict) -> str:
+        readme.write_text(marks)
+        lines = [{"hardware": "H200", "dtype": "float32"} | row for row in rows]
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        bench.main(fill)
+        return readme.read_text()
+
+    rows = [{"section": name, "rows": [{"figure": name}]} for name in ("old", "new")]
+    failed = {"section": "later", "rows": None, "hardware": "CPU"}
+    first = filled(rows[0] | {"quick": False}, rows[1], failed)  # rows had no `quick` once
+    assert "Measured on H200, float32: `python bench.py gpu`." in first
+    assert "| old    |" in first and "| new    |" in first
+    for change in ({"hardware": "H100"}, {"dtype": "bfloat16"}, {"quick": True}):
+        text = filled(rows[0] | change, rows[1])
+        assert "| old " not in text and "| new    |" in text
+        assert "Measured on H200, float32: `python bench.py gpu`." in text
+    text = filled(rows[0], rows[1] | {"quick": True})
+    assert "| old " not in text and "`python bench.py gpu --quick`." in text
+    for content in ("", json.dumps({"section": "old", "rows": None}), None):
+        out.unlink()
+        if content is not None:
+            out.write_text(content)
+        with pytest.raises(UserError, match="no figures in .*gpu.jsonl: run `python bench.py gpu`"):
+            bench.main(fill)
+        out.touch()
+
+
 def test_a_section_that_fails_is_reported_and_the_next_ones_run(tmp_path, capsys, monkeypatch):
     def broken(lab):
         raise RuntimeError("out of memory")
