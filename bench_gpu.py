@@ -150,20 +150,14 @@ def run(lab: Lab) -> list[dict]:
         max_iters=steps, eval_interval=steps, warmup_iters=steps // 10, log_interval=steps // 6,
         dropout=0.1,
     )  # fmt: skip
+    practise = partial(bench.practise, lab.size, lab.folder, **changes)
     compiles = lab.device.type == "cuda"
-    done = bench.attempt(
-        "train.py",
-        lambda: bench.practise(lab.size, lab.folder, compile=compiles, **changes),
-        lab.failed,
-    )
-    cfg, scores = done or bench.practise(
-        lab.size, lab.folder, **changes
-    )  # the next need a checkpoint
+    done = bench.attempt("train.py", partial(practise, compile=compiles), lab.failed)
+    cfg, scores = done or practise(compile=False)  # the next sections need a checkpoint
     rows = [row for row in read_log(cfg.run_dir / "log.jsonl") if "loss" in row]
+    later = rows[2:]  # compiled by then
     names = "captions_per_s ms_per_step mfu waiting".split()
-    figures = {
-        name: bench.summary(row[name] for row in rows[2:]) for name in names
-    }  # compiled by then
+    figures = {name: bench.summary(row[name] for row in later) for name in names}
     return shown([{"compiled": cfg.compile, **figures, "loss": rows[-1]["loss"], **scores}])
 
 
@@ -295,9 +289,8 @@ def parity(cfg: bench.Bench) -> dict:
 def short(lab: Lab, name: str, steps: int, **changes) -> dict:
     """Return settings of a short run in the folder `name`, without the compiler."""
     every = dict(max_iters=steps, eval_interval=steps, log_interval=1, eval_images=16)
-    return bench.settings_of(
-        lab.size, lab.data, **every | {"out_dir": f"{lab.folder}/{name}"} | changes
-    )
+    every |= dict(out_dir=f"{lab.folder}/{name}", compile=False)
+    return bench.settings_of(lab.size, lab.data, **every | changes)
 
 
 def trained(settings: dict) -> tuple[np.ndarray, dict]:

@@ -270,6 +270,30 @@ def test_a_section_that_fails_is_reported_and_the_next_ones_run(tmp_path, capsys
         bench.main(["gpu", "--sections=nothing"])
 
 
+def test_without_the_compiler_means_compile_false(tmp_path, monkeypatch):
+    """Found parity's runs compiled on CUDA, where `compile` unset means yes, and likewise the run
+    that follows one that the compiler had failed."""
+    lab = bench_gpu.Lab(bench.Bench(quick=True, device="cpu"), "float32", tmp_path)
+    assert bench_gpu.short(lab, "one", 20)["compile"] is False
+    asked = []
+
+    def main(cfg: Config) -> dict:
+        asked.append(cfg.compile)
+        if len(asked) == 1:
+            raise RuntimeError("no compiler")
+        names = "step loss captions_per_s ms_per_step mfu waiting".split()
+        rows = [dict.fromkeys(names, float(n)) for n in range(4)]
+        cfg.run_dir.mkdir(parents=True)
+        (cfg.run_dir / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"CIDEr": 0.5}
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(lab.device, "type", "cuda")
+    (row,) = bench_gpu.run(lab)
+    assert asked == [True, False] and lab.failed == ["train.py"]
+    assert row["compiled"] is False and row["CIDEr"] == 0.5
+
+
 def test_a_cpu_equals_itself(capsys):
     result = bench.main(["parity", "--quick", "--device=cpu"])
     assert result["failed"] == []
