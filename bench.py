@@ -439,18 +439,23 @@ def in_fresh_process(work: Callable):
 
 def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[dict]:
     """Return a row per contestant: speed, loss on the same captions, memory. One that fails in
-    its first turns, in which compiled models compile, is left out."""
+    its first turns, in which compiled models compile, is left out; without ours, all are."""
     title = f"P = {cfg.n_prefix}, R = {R}, {cfg.batch_size} images, {cfg.dtype}"
     device = Device(cfg.device, cfg.dtype)
     peaks: dict[str, float] = {}
     trainees = {}
-    for name in (*CONTESTANTS, *("ours compiled", "padded compiled") * bench.compile):
+
+    def prepared(name: str) -> Trainee:
         measure = partial(peak_memory, name, cfg, bench.steps)
-        if device.type != "cuda" and not bench.quick:
-            measure = partial(in_fresh_process, measure)
-        peaks[name] = attempt(f"{title}, {name}", measure, failed)
-        if peaks[name] is not None:
-            trainees[name] = Trainee(name, cfg, bench.turns, bench.steps)
+        is_alone = device.type != "cuda" and not bench.quick
+        peaks[name] = in_fresh_process(measure) if is_alone else measure()
+        return Trainee(name, cfg, bench.turns, bench.steps)
+
+    for name in (*CONTESTANTS, *("ours compiled", "padded compiled") * bench.compile):
+        if trainee := attempt(f"{title}, {name}", partial(prepared, name), failed):
+            trainees[name] = trainee
+    if "ours" not in trainees:
+        return []
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
     rates: list[float] = []
     contestants = {name: trainee.turn for name, trainee in trainees.items()}
