@@ -199,6 +199,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    """Print rows as a table. Return them."""
+    print(f"\n{table(rows)}", flush=True)
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------
 # Invented captions, and runs of train.py on them
 
@@ -469,8 +475,7 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
         row["mfu"] = summary(trainees["ours"].flops() / seconds[name] / statistics.median(rates))
         row["loss"] = losses[name]
         row["peak_mb"] = peaks[name]
-    print(f"\n{table(rows)}", flush=True)
-    return rows
+    return shown(rows)
 
 
 def train(cfg: TrainBench) -> dict:
@@ -562,8 +567,8 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
     sampled = sum(len(drawn["targets"]) for drawn in rollouts) / (len(rollouts) * items)
     references = float(np.diff(split.caption_start).mean())
     about |= {"sampled_tokens": sampled, "reference_tokens": references}
-    print(f"{table(rows)}\n{about}", flush=True)
-    return about | {"rows": rows}
+    print(about)
+    return about | {"rows": shown(rows)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -668,8 +673,7 @@ def decode(cfg: DecodeBench) -> dict:
             name = row["contestant"]
             row["same"] = sum(map(list.__eq__, own, written[name])) / len(own)
             row["of_bandwidth"] = least / bandwidth / statistics.median(seconds[name])
-        print(f"\n{table(case)}", flush=True)
-        rows += case
+        rows += shown(case)
     return about | {"rows": rows}
 
 

@@ -132,15 +132,10 @@ def setup_of(row: dict) -> tuple[str, str, bool]:
 # The sections: each returns rows, and prints its table
 
 
-def shown(rows: list[dict]) -> list[dict]:
-    print(bench.table(rows), flush=True)
-    return rows
-
-
 def machine(lab: Lab) -> list[dict]:
     """Measure the rate of a matrix product and the bandwidth of a copy: the two bounds."""
     rate, copied = lab.device.matmul_rate(), bench.copied_per_second(lab.device)
-    return shown([{"matmul_tflops": rate / 1e12, "copy_gb_per_s": copied / 1e9}])
+    return bench.shown([{"matmul_tflops": rate / 1e12, "copy_gb_per_s": copied / 1e9}])
 
 
 def run(lab: Lab) -> list[dict]:
@@ -158,7 +153,7 @@ def run(lab: Lab) -> list[dict]:
     later = rows[2:]  # compiled by then
     names = "captions_per_s ms_per_step mfu waiting".split()
     figures = {name: bench.summary(row[name] for row in later) for name in names}
-    return shown([{"compiled": cfg.compile, **figures, "loss": rows[-1]["loss"], **scores}])
+    return bench.shown([{"compiled": cfg.compile, **figures, "loss": rows[-1]["loss"], **scores}])
 
 
 def decoding(lab: Lab) -> list[dict]:
@@ -249,7 +244,7 @@ def encode(lab: Lab) -> list[dict]:
             pass
 
     seconds = bench.interleave(lab.device, {"ours": alone, "from files": from_files}, 3)
-    return shown(bench.speeds(f"ViT-B/32, {batch} images", seconds, 4 * batch))
+    return bench.shown(bench.speeds(f"ViT-B/32, {batch} images", seconds, 4 * batch))
 
 
 BATCHES = {10: {5: 256, 1: 1024}, 50: {5: 128, 1: 256}}  # P -> R -> images per step
