@@ -722,10 +722,8 @@ def main(argv: list[str]) -> dict:
         if {"-h", "--help"} & set(argv):
             print(__doc__.strip())
             raise SystemExit(0)
-        raise UserError(
-            "bench.py: say what to measure, `train`, `decode`, `scst`, `gpu` or `parity`, "
-            "before any --flag"
-        )
+        names = ", ".join(f"`{name}`" for name in modes)
+        raise UserError(f"bench.py: say what to measure before any --flag: {names}")
     settings, mode = modes[argv[0]]
     cfg = configure(settings, argv[1:], __doc__, files=False)
     extras()

@@ -344,7 +344,7 @@ def test_bytes_that_decoding_must_read():
 
 def test_a_wrong_call_is_one_clear_line(capsys):
     for argv in ([], ["--quick"], ["encode"]):
-        with pytest.raises(UserError, match="`train`, `decode`, `scst`, `gpu` or `parity`"):
+        with pytest.raises(UserError, match="flag: `train`, `decode`, `scst`, `gpu`, `parity`"):
             bench.main(argv)
     with pytest.raises(SystemExit):
         bench.main(["decode"])
