@@ -100,24 +100,25 @@ class TrainBench(Bench):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfCriticalBench(Bench):
-    ckpt: str = ""  # one that train.py wrote; empty: train's model learns invented captions first
+class CheckpointBench(Bench):
     data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
-    batch_size: int = 16  # images per step
-    samples: int = 5  # captions of each
     dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
     turns: int = 5  # of each contestant
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeBench(Bench):
+class SelfCriticalBench(CheckpointBench):
+    ckpt: str = ""  # one that train.py wrote; empty: train's model learns invented captions first
+    batch_size: int = 16  # images per step
+    samples: int = 5  # captions of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBench(CheckpointBench):
     ckpt: str  # a checkpoint that train.py wrote; with random weights, no caption would end
-    data: str = ""  # the dataset directory; empty: data/<the checkpoint's dataset>
     images: int = 256  # of its val split
     batches: tuple[int, ...] = (1, 64, 256)  # images per batch
     rounds: int = 24  # batches per turn, as far as there are images
-    dtype: str = "float32"  # of autocast: auto bfloat16 float16 float32
-    turns: int = 5  # of each contestant
 
 
 # ---------------------------------------------------------------------------------------------

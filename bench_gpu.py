@@ -61,10 +61,10 @@ class Lab:
         self.folder, self.data, self.ckpt = folder, folder / "data", f"{folder}/run/ckpt.pt"
         self.failed: list[str] = []
         self.dtype = str(self.device.dtype).removeprefix("torch.")
-        self.common = dict(device=str(self.device.torch_device), quick=cfg.quick)
-        self.size = bench.TrainBench(
-            **self.common, **sizes, dtypes=(self.dtype,), compile=True, steps=4
-        ).resized()
+        common = dict(device=str(self.device.torch_device), quick=cfg.quick)
+        sizes |= dict(dtypes=(self.dtype,), compile=True, steps=4)
+        self.size = bench.TrainBench(**common, **sizes).resized()
+        self.trained = common | dict(ckpt=self.ckpt, data=str(self.data), dtype=self.dtype)
 
 
 def gpu(cfg: GpuBench) -> dict:
@@ -159,10 +159,7 @@ def run(lab: Lab) -> list[dict]:
 def decoding(lab: Lab) -> list[dict]:
     """Compare greedy and beam search with transformers': bench.py's own, with `run`'s model."""
     batches = (4, 8) if lab.size.quick else (64, 1, 1024, 256)
-    cfg = bench.DecodeBench(
-        **lab.common, ckpt=lab.ckpt, data=str(lab.data), dtype=lab.dtype, images=1024, rounds=1,
-        turns=3, batches=batches,
-    )  # fmt: skip
+    cfg = bench.DecodeBench(**lab.trained, images=1024, rounds=1, turns=3, batches=batches)
     return bench.decode(cfg)["rows"]
 
 
@@ -178,10 +175,8 @@ def training(lab: Lab, P: int) -> list[dict]:
 
 def scst(lab: Lab) -> list[dict]:
     """Time a self-critical step: bench.py's own comparison, with `run`'s model."""
-    cfg = bench.SelfCriticalBench(
-        **lab.common, ckpt=lab.ckpt, data=str(lab.data), dtype=lab.dtype,
-        batch_size=min(64, lab.size.batch_size), turns=lab.size.turns,
-    )  # fmt: skip
+    images = min(64, lab.size.batch_size)
+    cfg = bench.SelfCriticalBench(**lab.trained, batch_size=images, turns=lab.size.turns)
     return bench.self_critical(cfg)["rows"]
 
 
