@@ -90,13 +90,12 @@ class TrainBench(Bench):
 
     def resized(self) -> "TrainBench":
         """Return the settings with tiny sizes if it is quick, or with GPT-2 small's."""
+        sizes = {}
         if self.quick:
-            tiny = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=512)
-            return replace(self, batch_size=8, turns=2, **tiny)
-        if self.like == "clipcap":
-            small = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
-            return replace(self, P=(10,), R=(5,), **small)
-        return self
+            sizes = dict(batch_size=8, turns=2, n_layer=2, n_head=2, n_embd=32, vocab_size=512)
+        elif self.like == "clipcap":
+            sizes = dict(P=(10,), R=(5,), n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
+        return replace(self, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +303,6 @@ class Trainee:
             self.model = ClipLM(training.model_config(cfg, self.split.meta))
         if self.way == "transformers":
             self.model = ClipCap(self.model)
-        self.called = self.model
         if compiled:  # as train.py does
             torch._dynamo.config.recompile_limit = 64  # all cases compile the same function
             backend = "inductor" if self.device.type == "cuda" else "eager"
@@ -339,7 +337,7 @@ class Trainee:
 
     def turn(self, turn: int) -> None:
         for batch in self.ready[turn]:
-            update(self.called, self.optimizer, batch, self.device)
+            update(self.model, self.optimizer, batch, self.device)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -380,11 +378,8 @@ class ClipCap(torch.nn.Module):
 def pad_rows(captions: np.ndarray, tokenizer, width: int = 0) -> dict[str, torch.Tensor]:
     """Return a padded row per caption, as the usual loss takes them: with a target everywhere.
 
-    Args:
-        captions: their ids end to end, bos caption bos caption ...
-        width: of the rows; 0: the longest caption.
-
-    The targets of padding are -100, which do not count.
+    `captions` are ids end to end, bos caption bos caption ...; rows are as long as the longest, or
+    `width`. The targets of padding are -100, which do not count.
     """
     starts = np.flatnonzero(captions == tokenizer.bos)
     rows = pack_rows(captions, np.diff(starts, append=len(captions)), tokenizer)
@@ -532,18 +527,16 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.ckpt:
-            sizes = TrainBench(
-                batch_size=16, device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick
-            )
+            where = dict(device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick)
+            sizes = TrainBench(batch_size=16, **where).resized()
             steps = dict(max_iters=PRACTICE, eval_interval=PRACTICE, warmup_iters=PRACTICE // 10)
-            practise(sizes.resized(), Path(folder), optimizer="muon", **steps)
+            practise(sizes, Path(folder), optimizer="muon", **steps)
             cfg = replace(cfg, ckpt=f"{folder}/run/ckpt.pt", data=f"{folder}/data")
         model, _, content = load_captioner(cfg.ckpt)
         dataset = content["meta"]["dataset"]
         split = Split(Path(cfg.data or f"data/{dataset}"), "train")
-        settings = Config(
-            dataset=dataset, objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples
-        )
+        scst = dict(objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples)
+        settings = Config(dataset=dataset, **scst)
         critic = SelfCritical(model.to(device.torch_device), split, settings, device)
     order = Order(0, split.lengths, cfg.batch_size)
     optimizer = adamw(model, device, 0.0)  # it does all its work, but the samples stay the same
@@ -560,11 +553,10 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
         "usual way": lambda i: step(usual_rollout(critic, batches[i], i)),
     }
     about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
-    size = model.cfg
     seconds = interleave(device, contestants, cfg.turns)
-    title = f"{size.n_layer} layers, {size.n_embd} wide, {cfg.batch_size} images x {cfg.samples}"
+    title = f"{model.cfg.n_layer} layers, {model.cfg.n_embd} wide"
     items = cfg.batch_size * cfg.samples
-    rows = speeds(title, seconds, items)
+    rows = speeds(f"{title}, {cfg.batch_size} images x {cfg.samples}", seconds, items)
     sampled = sum(len(drawn["targets"]) for drawn in rollouts) / (len(rollouts) * items)
     references = float(np.diff(split.caption_start).mean())
     about |= {"sampled_tokens": sampled, "reference_tokens": references}
@@ -667,8 +659,8 @@ def decode(cfg: DecodeBench) -> dict:
         contestants = {name: partial(captions, name, how, parts, written) for name in names}
         seconds = interleave(device, contestants, cfg.turns)
         own = written["ours"]
-        least = sum(least_bytes(model, own[i : i + batch], how, device.dtype)
-                    for i in range(0, len(own), batch))  # fmt: skip
+        starts = range(0, len(own), batch)
+        least = sum(least_bytes(model, own[i : i + batch], how, device.dtype) for i in starts)
         case = speeds(f"{how.method}, batch {batch}", seconds, len(own))
         for row in case:
             name = row["contestant"]
@@ -680,8 +672,8 @@ def decode(cfg: DecodeBench) -> dict:
 
 def copied_per_second(device: Device) -> float:
     """Return the bytes per second that a copy in the device's memory reads and writes."""
-    a = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8,
-                   device=device.torch_device)  # fmt: skip
+    size = 2**30 if device.type == "cuda" else 2**26
+    a = torch.ones(size, dtype=torch.uint8, device=device.torch_device)
     b = torch.empty_like(a)
     seconds = interleave(device, {"copy": lambda turn: b.copy_(a)}, 10)["copy"]
     return 2 * len(a) / statistics.median(seconds)
