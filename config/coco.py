@@ -32,7 +32,7 @@ block_size = 96
 dropout = 0.1
 
 batch_size = 256
-max_iters = 9000  # 20 epochs of 442 steps
+max_iters = 8840  # 20 epochs of 442 steps
 optimizer = "muon"
 learning_rate = 1e-3
 lr_decay = "linear"

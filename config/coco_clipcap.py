@@ -13,8 +13,8 @@ keeps GPT-2 as it is and trains the MLP.
 Different here: the mapper has 3,072 hidden units and GELU (3,840 and tanh in their code), its input is
 normalised, the learning rate follows a cosine (theirs a line), and captions have a bos and a learned end.
 
-Not yet run: neither GPT-2's published weights nor COCO's images could be had where this was written. The
-tests take the same path with a tiny random GPT-2 (tests/test_gpt2.py).
+Not yet run: neither GPT-2's published weights nor COCO's images were available where this was written.
+The tests take the same path with a tiny random GPT-2 (tests/test_gpt2.py).
 """
 
 dataset = "coco_clipcap"

@@ -14,7 +14,7 @@ scst_samples = 5
 scst_references = 0.1
 
 batch_size = 64
-max_iters = 35000  # 20 epochs of 1,770 steps
+max_iters = 35400  # 20 epochs of 1,770 steps
 optimizer = "adamw"
 learning_rate = 2e-5
 warmup_iters = 0

@@ -6,7 +6,7 @@
 
 Measured on validation, with embeddings of a MobileNet (not CLIP's): greedy CIDEr .443 to .460, four
 seeds on an H200 in bfloat16. LOG.md has the settings that were compared. On two cores without
-bfloat16, a step takes .84 s: half an hour, and the evaluations. The images are for non-commercial
+bfloat16, a step takes .84 s: half an hour plus evaluations. The images are for non-commercial
 research.
 """
 
