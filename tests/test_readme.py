@@ -68,13 +68,14 @@ def test_every_script_and_setting_it_names_exists():
     import bench
     import bench_gpu
     from configurator import Config
+    from metrics import MetricsConfig
     from parts.export import ExportConfig
     from parts.shapes_clip import ShapesConfig
     from sample import SampleConfig
 
     settings = (Config, SampleConfig, ExportConfig, ShapesConfig, bench.TrainBench,
                 bench.DecodeBench, bench_gpu.GpuBench, bench_prepare.Bench,
-                bench_scale.ScaleConfig)  # fmt: skip
+                bench_scale.ScaleConfig, MetricsConfig)  # fmt: skip
     known = {name for kind in settings for name in get_type_hints(kind)}
     known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts out help".split())
     assert not set(re.findall(r"--(\w+)", README)) - known
