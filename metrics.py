@@ -448,13 +448,18 @@ class MetricsConfig:
 
 def read_rows(path: str) -> list[dict]:
     """Return the rows of COCO annotations, COCO results or our CSV; a caption may not be text."""
-    if Path(path).suffix == ".csv":
+    if Path(path).suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # by default, a caption ends at 131,072 characters
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+                reader = csv.DictReader(file)
+                columns = reader.fieldnames or []
+                rows = list(reader)
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is not CSV in UTF-8: {error}") from None
+        for name in ("image_id", "caption"):
+            if columns.count(name) > 1:
+                raise UserError(f"{path}: {name} is there twice: rename one")
     else:
         rows = read_json(path, "give predictions, then references")
     if isinstance(rows, dict):
@@ -466,6 +471,8 @@ def read_rows(path: str) -> list[dict]:
         if not named or "caption" not in row:
             lacks = "lacks image_id (a number or a string) or caption"
             raise UserError(f"{path}: entry {n} {lacks}: {str(row)[:60]}")
+        if None in row:  # where csv puts what the header has no name for
+            raise UserError(f"{path}: entry {n} has too many cells: quote captions with commas")
     return rows
 
 

@@ -534,6 +534,30 @@ def test_command_stops_at_a_csv_that_is_none(tmp_path, references, content, capf
     assert status == 1 and err.startswith(f"{path}") and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image_id,caption\n3,a\n1,a dog, and a cat", "entry 1 has too many cells: quote captions"),
+        ("image_id,caption,caption\n1,a dog,a cat", "caption is there twice: rename one"),
+        ("image_id,caption,image_id\n1,a dog,2", "image_id is there twice: rename one"),
+    ],
+)
+def test_command_cuts_and_overwrites_no_caption_of_a_csv(
+    tmp_path, references, capfd, content, message
+):
+    """`a dog, and a cat` was scored as `a dog`; of two captions, the last counted."""
+    path = write(tmp_path, "p.csv", content)
+    status, out, err = outcome("metrics.py", [path, references], capfd)
+    assert status == 1 and not out
+    assert err.startswith(f"{path}: {message}") and len(err.splitlines()) == 1
+
+
+def test_command_knows_a_csv_by_its_suffix_in_capitals(tmp_path, references, capfd, no_java):
+    """It was refused as JSON that is not valid."""
+    predictions = write(tmp_path, "P.CSV", "image_id,caption\n1,a dog")
+    assert scored(capfd, predictions, references)[0]["counts"]["images"] == 1
+
+
 def test_command_takes_a_caption_of_any_length_from_a_csv(tmp_path, references, capfd, no_java):
     """By default, Python's csv module ends a caption at 131,072 characters."""
     predictions = write(tmp_path, "p.csv", "image_id,caption\n1," + "a" * 200_000)
