@@ -134,7 +134,7 @@ def main(cfg: SampleConfig) -> dict:
 
 def caption_and_score(cfg: SampleConfig) -> dict:
     """Do what `main` does, when it owns the output files."""
-    tracker = Tracker(cfg.track, {}, Path(cfg.ckpt).parent, "", resume=True)
+    tracker = Tracker(cfg.track, None, Path(cfg.ckpt).parent)
     captioner = Captioner(cfg)
     source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
     results = Results(cfg.out_json, captioner.signature() | source.signature())
@@ -167,7 +167,6 @@ def caption_and_score(cfg: SampleConfig) -> dict:
         if missing:
             print(f"{len(missing)} images not found: set --images to show them in the gallery")
         tracker.artifact(page)
-        tracker.close()
     new = sum("skipped" not in entry for entry in results.entries[first:])
     print(
         f"{len(predictions)} images, {new / seconds:.1f} captions/s, {cfg.method} on "

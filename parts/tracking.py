@@ -23,11 +23,11 @@ class Tracker:
 
     `kind` is "mlflow", or "none" for a tracker that does nothing, as in all processes but the
     first. The settings become parameters. The run's id is kept in `run_dir`, so that `resume`
-    continues the same run. Raise UserError if MLflow is not installed, or the
-    run was deleted there.
+    continues the same run. Without settings, files are added to that run, and nothing else of it
+    changes. Raise UserError if MLflow is not installed, or if the run was deleted there.
     """
 
-    def __init__(self, kind: str, settings: dict, run_dir: Path, name: str, resume: bool = False):
+    def __init__(self, kind: str, settings: dict | None, run_dir: Path, name="", resume=False):
         self.run_id = None
         self.waiting = []  # metrics to send
         self.failed = False
@@ -47,14 +47,17 @@ class Tracker:
         self.errors = (mlflow.MlflowException, SQLAlchemyError, OSError)  # OSError: the network
         self.attempt(self.start, settings, run_dir / "mlflow_run", name, resume)
 
-    def start(self, settings: dict, id_file: Path, name: str, resume: bool) -> None:
+    def start(self, settings: dict | None, id_file: Path, name: str, resume: bool) -> None:
         self.client = self.mlflow.MlflowClient()
-        if resume and id_file.is_file():
+        if settings is None and not id_file.is_file():
+            raise UserError(f"{id_file} not found: train with --track=mlflow first")
+        if settings is None or resume and id_file.is_file():
             run_id = id_file.read_text(encoding="utf-8").strip()
             if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
                 restore = f"restore it (mlflow runs restore --run-id {run_id}), or delete {id_file}"
                 raise UserError(f"tracking: this run was deleted in MLflow: {restore}")
-            self.client.update_run(run_id, "RUNNING")
+            if settings is not None:
+                self.client.update_run(run_id, "RUNNING")
         else:
             title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
             known = self.client.get_experiment_by_name(title)
@@ -78,7 +81,7 @@ class Tracker:
         except self.errors as error:
             if not self.failed:
                 reason = " ".join(str(error).split())[:200]
-                print(f"tracking failed, training continues: {reason}", file=sys.stderr)
+                print(f"tracking failed, the script continues: {reason}", file=sys.stderr)
             self.failed = True
 
     def log(self, row: dict) -> None:

@@ -71,7 +71,7 @@ def test_a_run_is_read_back_and_an_unreachable_server_stops_nothing(
     assert not resumed.waiting
     resumed.log({"step": 70, "loss": 0.5})
     resumed.close()  # so does the end
-    warning = "tracking failed, training continues: the server is unreachable"
+    warning = "tracking failed, the script continues: the server is unreachable"
     assert [line for line in capsys.readouterr().err.splitlines() if "failed" in line] == [warning]
 
     client = MlflowClient()
@@ -88,6 +88,30 @@ def test_a_run_is_read_back_and_an_unreachable_server_stops_nothing(
     copy = client.download_artifacts(run.info.run_id, "samples/0000020.txt", str(tmp_path))
     with open(copy, encoding="utf-8") as file:
         assert file.read() == "a dog\nun café\n"
+
+
+@needs_mlflow
+def test_a_file_is_added_to_a_run_and_nothing_else_of_it_changes(store, tmp_path):
+    """sample.py's gallery marked a run as finished while it was still training."""
+    from mlflow import MlflowClient
+
+    training = Tracker("mlflow", {"seed": 1}, tmp_path / "out", "shapes")
+    client = MlflowClient()
+    before = client.get_run(training.run_id).info
+    (tmp_path / "gallery.html").write_text("page")
+    Tracker("mlflow", None, tmp_path / "out").artifact(tmp_path / "gallery.html")
+    assert [f.path for f in client.list_artifacts(training.run_id)] == ["gallery.html"]
+    assert client.get_run(training.run_id).info == before and before.status == "RUNNING"
+
+
+@needs_mlflow
+def test_a_file_of_a_run_never_tracked_makes_no_run(store, tmp_path):
+    """A run without a name and settings was made for it."""
+    from mlflow import MlflowClient
+
+    with pytest.raises(UserError, match="out/mlflow_run not found: train with --track=mlflow fir"):
+        Tracker("mlflow", None, tmp_path / "out")
+    assert MlflowClient().get_experiment_by_name("nanocaption") is None
 
 
 @needs_mlflow
@@ -121,4 +145,4 @@ def test_a_run_that_cannot_be_started_is_one_line_and_training_continues(
     tracker.artifact("ckpt.pt")
     tracker.close()
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and err[0].startswith("tracking failed, training continues: ")
+    assert len(err) == 1 and err[0].startswith("tracking failed, the script continues: ")
