@@ -123,9 +123,9 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Return the files among `paths`, and those in folders among them, sorted by name.
 
     Hidden files, of which macOS makes many, and its `__MACOSX` are ignored. Files in folders whose
-    suffix is that of something else, such as a text, are not returned; there is a line for each in
-    the second list. Raise UserError if a path does not exist, or if a folder holds no image or
-    cannot be read.
+    suffix is that of something else, such as a text, are not returned, nor are those behind links
+    to folders, which may lead in a circle; there is a line for each in the second list. Raise
+    UserError if a path does not exist, or if a folder holds no image or cannot be read.
     """
 
     def unreadable(error: OSError):
@@ -141,6 +141,8 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
         before = len(images)
         for folder, folders, names in os.walk(path, onerror=unreadable):
             folders[:] = [name for name in folders if not HIDDEN.match(name)]
+            links = [Path(folder, name) for name in folders if os.path.islink(Path(folder, name))]
+            others += [f"{link}: a link to a folder; name it too" for link in links]
             for name in [name for name in names if not HIDDEN.match(name)]:
                 kind = mimetypes.guess_type(name)[0] or "image"  # without a suffix, it may be one
                 if kind.startswith("image"):

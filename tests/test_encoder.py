@@ -472,8 +472,8 @@ def test_an_image_within_a_larger_file(tmp_path):
 
 
 def test_find_images(tmp_path):
-    """HEIC, .jfif and files without a suffix were left out without a word, and macOS's `._` files
-    were taken for images."""
+    """HEIC, .jfif, files without a suffix and links to folders were left out without a word, and
+    macOS's `._` files were taken for images."""
     names = ["a.png", "b.JPG", "c/x.webp", "d.jfif", "e.HEIC", "f.jpe", "noext"]
     others = ["notes.txt", "c/x.json"]
     hidden = [".DS_Store", "._a.png", "c/._x.webp", "__MACOSX/a.png", ".thumbnails/a.png"]
@@ -488,6 +488,10 @@ def test_find_images(tmp_path):
         find_images([str(tmp_path / "none")])
     (tmp_path / "album.jpg").mkdir()  # a folder, whatever its name
     assert find_images([str(tmp_path)]) == (images[:-1], skipped)
+    (tmp_path / "c/up").symlink_to(tmp_path)  # a circle
+    line = f"{tmp_path}/c/up: a link to a folder; name it too"
+    assert find_images([str(tmp_path)]) == (images[:-1], sorted([*skipped, line]))
+    assert find_images([str(tmp_path / "c/up")])[0][0] == tmp_path / "c/up/a.png"
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/notes.txt").write_bytes(b"")
     with pytest.raises(UserError, match="bare: no images in it"):
