@@ -110,7 +110,7 @@ class SampleConfig(Decoding):
 
 
 def main(cfg: SampleConfig) -> dict:
-    """Caption what `cfg` names. Return the scores, empty for images without references."""
+    """Caption what `cfg` names. Return the scores; of images without references, CLIP's."""
     if cfg.java and (missing := metrics.java_missing(cfg.tokens)):
         raise UserError(missing)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -148,9 +148,9 @@ def caption_and_score(cfg: SampleConfig) -> dict:
     # -- score and write
     predictions = [entry for entry in results.entries if "skipped" not in entry]
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
-    scores = {}
+    scores = clip_means(predictions)
     if cfg.split and any(p["references"] for p in predictions):
-        scores = score(predictions, cfg, captioner.training[1])
+        scores = score(predictions, cfg, captioner.training[1]) | scores
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
     files = {cfg.out_json: json.dumps(predictions), cfg.out_csv: as_csv(predictions)}
@@ -461,14 +461,18 @@ class Results:
             self.path.unlink()
 
 
+def clip_means(predictions: list[dict]) -> dict[str, float]:
+    """Return the mean of each score by CLIP, if there are any."""
+    names = predictions[0].get("scores", {}) if predictions else {}
+    return {name: float(np.mean([p["scores"][name] for p in predictions])) for name in names}
+
+
 def score(predictions: list[dict], cfg: SampleConfig, training: list[list[str]]) -> dict:
     """Return the results line of all captions; add each one's own scores to its prediction."""
     hypotheses = {p["image_id"]: p["caption"] for p in predictions}
     references = {p["image_id"]: p["references"] for p in predictions}
     options = {"java": cfg.java, "tokens": cfg.tokens}
     line, per_image = metrics.evaluate(hypotheses, references, training, **options)
-    for name in predictions[0].get("scores", {}):  # CLIP's
-        line[name] = float(np.mean([p["scores"][name] for p in predictions]))
     for p in predictions:
         own = per_image[p["image_id"]]
         three = {"bleu": own["Bleu_4"], "rouge_l": own["ROUGE_L"], "cider": own["CIDEr"]}

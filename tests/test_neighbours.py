@@ -222,7 +222,9 @@ def test_images_of_a_grid_are_read_again(scenes, tmp_path):
         judge.images(torch.zeros(1, 5, 128), [""])
 
 
-def test_clip_scores_and_reranks_the_captions_of_sample(scenes, tmp_path, monkeypatch, no_java):
+def test_clip_scores_and_reranks_the_captions_of_sample(
+    scenes, tmp_path, monkeypatch, capsys, no_java
+):
     monkeypatch.chdir(tmp_path)
     images, captions = scenes
     Path("photos").mkdir()
@@ -245,9 +247,11 @@ def test_clip_scores_and_reranks_the_captions_of_sample(scenes, tmp_path, monkey
     for p in json.loads(Path("ranked.json").read_text()):
         assert p["scores"].keys() == {"bleu", "rouge_l", "cider", "CLIPScore", "RefCLIPScore"}
     files = replace(cfg, split="", image=("photos/41.png",), out_json="files.json")
-    sample.main(files)
+    line = sample.main(files)
     (p,) = json.loads(Path("files.json").read_text())
     assert p["scores"].keys() == {"CLIPScore"}
+    assert line == p["scores"]  # computed before, but shown nowhere
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["CLIPScore"] == line["CLIPScore"]
     assert Path("files.csv").read_text().endswith(",,,,\n")
 
 
