@@ -65,7 +65,7 @@ class SampleConfig(Decoding):
     # -- where to -------------------------------------------------------------------------
     out_json: str = ""  # empty: predictions.json in a folder of the split next to the checkpoint
     out_csv: str = ""  # empty: the same with .csv
-    gallery: bool = False  # write gallery.html too, next to out_json or else here
+    gallery: bool = False  # write a page next to out_json: gallery.html, or of out_json's own name
     attention: bool = False  # keep, for the gallery, how each token attends to the prefix
     # -- run ------------------------------------------------------------------------------
     batch_size: int = 64  # images decoded at a time
@@ -161,6 +161,8 @@ def caption_and_score(cfg: SampleConfig) -> dict:
     results.finish()
     if cfg.gallery and predictions:
         page = Path(cfg.out_json).parent / "gallery.html"
+        if Path(cfg.out_json).stem not in ("", "predictions"):  # two may share the folder
+            page = page.with_name(f"{Path(cfg.out_json).stem}.html")
         title = f"{captioner.meta.dataset} {cfg.split}".strip()
         missing = gallery.write(predictions, page, title=title)
         print(f"wrote {page}")

@@ -96,6 +96,15 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
     assert not partial.exists()
 
 
+def test_two_galleries_of_a_folder_have_a_page_each(trained, no_java):
+    """Both were called gallery.html, and the first was lost."""
+    cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", gallery=True, device="cpu")
+    for out in ("", "g/1.json", "g/2.json"):
+        sample.main(replace(cfg, out_json=out))
+    assert sorted(p.name for p in Path("g").glob("*.html")) == ["1.html", "2.html"]
+    assert Path("out/tiny/val/gallery.html").is_file()
+
+
 def test_other_settings_do_not_go_on_from_anothers_captions(trained):
     sample.Results(Path("p.json"), {"seed": 1}).add([{"image_id": 1}])
     assert sample.Results(Path("p.json"), {"seed": 1}).entries == [{"image_id": 1}]
