@@ -126,6 +126,8 @@ def main(cfg: SampleConfig) -> dict:
         cfg = replace(cfg, out_json=str(out))
     if cfg.out_json and not cfg.out_csv:
         cfg = replace(cfg, out_csv=str(Path(cfg.out_json).with_suffix(".csv")))
+    if cfg.out_json and os.path.abspath(cfg.out_json) == os.path.abspath(cfg.out_csv):
+        raise UserError(f"out_json and out_csv are both {cfg.out_csv}: give two names")
     with contextlib.ExitStack() as stack:
         for path in filter(None, (cfg.out_json, cfg.out_csv)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))

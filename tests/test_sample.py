@@ -245,6 +245,8 @@ IDLE = [  # what would have been ignored, or found out after all work
     (dict(out_json="out"), "out is a folder: give the name of a file"),
     (dict(out_csv="new/"), "new/ is a folder: give the name of a file"),
     (dict(out_json=".."), ".. is a folder: give the name of a file"),
+    (dict(out_json="x.csv"), "out_json and out_csv are both x.csv: give two names"),
+    (dict(out_json="x", out_csv="./x"), "out_json and out_csv are both ./x: give two names"),
 ]
 
 
