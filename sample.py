@@ -152,7 +152,9 @@ def caption_and_score(cfg: SampleConfig) -> dict:
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
     scores = clip_means(predictions)
     if cfg.split and any(p["references"] for p in predictions):
-        scores = score(predictions, cfg, captioner.training[1]) | scores
+        # another dataset's training captions say nothing of what the model had read
+        training = [] if cfg.other_dataset else captioner.training[1]
+        scores = score(predictions, cfg, training) | scores
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
     files = {cfg.out_json: json.dumps(predictions), cfg.out_csv: as_csv(predictions)}
