@@ -99,23 +99,20 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
     """
     content = path.read_bytes()
     kind = next((k for start, k in SIGNATURES.items() if content.startswith(start)), None)
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        return kind and (kind, content)
     if kind and len(content) <= SMALL:
         return kind, content
+    from parts.encoder import BadImage, read_image  # takes seconds
+
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # decode a JPEG at no more than is needed
-            image = ImageOps.exif_transpose(image)
-            image.thumbnail((SIDE, SIDE))
-            kind = "png" if image.has_transparency_data else "jpeg"
-            out = io.BytesIO()
-            image.convert("RGBA" if kind == "png" else "RGB").save(out, kind, quality=82)
-            return kind, out.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        image = read_image(path)
+    except ImportError:
+        return kind and (kind, content)
+    except BadImage:
         return None
+    image.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    image.save(out, "jpeg", quality=82)
+    return "jpeg", out.getvalue()
 
 
 def pack_attention(attention: list[list[float]], grid: int | None) -> dict:

@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from helpers import outcome
 
@@ -82,6 +83,16 @@ def test_images_are_embedded_as_they_are_or_as_thumbnails(tmp_path):
     small = data_of(tmp_path / "a #1.html")["images"][0]["src"]
     assert small == "a%20%231_files/00000.png"
     assert (tmp_path / "a #1_files" / "00000.png").read_bytes() == DOT
+
+
+def test_a_thumbnail_of_16_bits_is_scaled_not_clipped(tmp_path):
+    """It was white: all values above 255 were."""
+    image_module = pytest.importorskip("PIL.Image", reason="needs requirements-clip.txt")
+    grey = np.random.default_rng(0).integers(20_000, 30_000, (300, 300)).astype(np.uint16)
+    image_module.fromarray(grey).save(tmp_path / "16.png")
+    kind, content = gallery.thumbnail(tmp_path / "16.png")
+    shown = np.asarray(image_module.open(io.BytesIO(content)))
+    assert kind == "jpeg" and shown.mean() == pytest.approx(25_000 / 256, abs=1)
 
 
 def test_attention_survives_packing_and_a_grid_is_recognised_by_its_size():
