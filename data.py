@@ -374,7 +374,7 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     write_array(folder / f"{split}_tokens.npy", tokens)
     write_array(folder / f"{split}_offsets.npy", offsets)
     with replacing(folder / f"{split}.json") as part, open(part, "w", encoding="utf-8") as file:
-        file.writelines(references_as_json(records))
+        file.writelines(references_as_json(records, split))
     return {
         "images": len(records),
         "captions": len(lengths),
@@ -384,13 +384,15 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
     }
 
 
-def references_as_json(records: list) -> Iterator[str]:
+def references_as_json(records: list, split: str) -> Iterator[str]:
     """Yield images and captions as JSON in COCO's format, in pieces: there may be millions."""
     separator = '{"images": ['
     for record in records:
         image = {"id": record.id, "file_name": record.file_name}
         if record.facts:
             image["facts"] = record.facts
+        if record.split not in (None, split):
+            image["split"] = record.split  # the source's, whose folder it is in
         yield separator + json.dumps(image)
         separator = ", "
     yield '], "annotations": ['

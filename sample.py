@@ -372,14 +372,16 @@ class SplitSource:
     def __init__(self, cfg: SampleConfig, captioner: Captioner):
         self.split = captioner.split(cfg.split)
         folder = cfg.images or self.split.meta.images or str(self.split.folder / "images")
-        folder = Path(folder.replace("{split}", cfg.split))
         images, references = self.split.references()
         self.items = []
         for number, (image, captions) in enumerate(zip(images, references, strict=True)):
             item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
             item |= {"path": "", "references": captions}
-            if (folder / image["file_name"]).is_file():
-                item["path"] = str(folder / image["file_name"])
+            # val_images moved some of train to val, but not their files
+            own = folder.replace("{split}", image.get("split", cfg.split))
+            path = Path(own, image["file_name"])
+            if path.is_file():
+                item["path"] = str(path)
             if image.get("facts"):
                 item["facts"] = {"true": image["facts"]}
             self.items.append(item)

@@ -23,6 +23,7 @@ from data import Split
 from parts import encoder, sources
 from parts.common import UserError
 from parts.encoder import Encoder, read_image
+from sample import SampleConfig, SplitSource
 
 # ---------------------------------------------------------------------------------------------
 # A tiny CLIP, photos, and their captions
@@ -208,6 +209,11 @@ def test_val_images_are_moved_from_train_and_keep_their_folder(here, clip):
     prepare.main(cfg)
     names = [[i["file_name"] for i in Split("data/mine", s).references()[0]] for s in PHOTOS]
     assert [len(n) for n in names] == [3, 2] and set(sum(names, [])) == set(PHOTOS["train"])
+    # sample.py looked for them in photos/val, and might have shown others of these names
+    every_photo(here / "photos" / "val")
+    captioner = SimpleNamespace(split=lambda name: Split("data/mine", name))
+    shown = SplitSource(SampleConfig(ckpt="", split="val"), captioner).items
+    assert [item["path"] for item in shown] == [f"photos/train/{name}" for name in names[1]]
     before = made()
     prepare.main(cfg)
     assert made() == before  # the choice depends on the seed alone
