@@ -256,7 +256,8 @@ class Gathering:
         elif self.cfg.source not in SEVERAL_ROWS:
             self.problems.add("image listed twice", where, row.file_name)
         elif row.id not in (None, record.id):
-            self.problems.add("image with two ids", where, f"{row.file_name}: {row.id}")
+            detail = f"{row.file_name}: {record.id!r} and {row.id!r}"
+            self.problems.add("image with two ids", where, detail)
         if record is row or record.split != row.split:
             self.check_id(where, row.split, "images", row.id)
         else:
@@ -267,7 +268,8 @@ class Gathering:
         """Return the record of a row's image: the row itself, if it is the first. Return None if
         the names of split or image cannot be used."""
         if not (isinstance(row.split, str) and SPLIT_NAME.fullmatch(row.split)):
-            self.problems.add("bad split name", where, row.split)
+            expected = "expected lower-case letters, digits, - or _"
+            self.problems.add(f"bad split name ({expected})", where, row.split)
             return None
         name = row.file_name
         if fault := text_problem(name):
@@ -318,9 +320,9 @@ class Gathering:
         if value is None:
             return
         if type(value) is not int and text_problem(value):
-            self.problems.add("bad id", where, value)
+            self.problems.add("bad id (expected a whole number or a text)", where, repr(value))
         elif value in ids:
-            self.problems.add(f"id of two {what}", where, value)
+            self.problems.add(f"id of two {what}", where, repr(value))
         else:
             ids.add(value)
 
@@ -579,7 +581,8 @@ def read_shard(path: str, problems: Problems) -> Iterator[Row]:
             caption = (json_object(where, text, problems) or {}).get("caption")
         if "image" not in sample:
             if ".txt" in sample or ".json" in sample:
-                problems.add("captions without an image", first, key)
+                members = ", ".join(member.name for _, member, _ in sample.values())
+                problems.add("captions without an image", first, members)
             continue
         member = sample["image"][1]
         record = Record(key, member.name, [caption])

@@ -601,10 +601,11 @@ def test_twenty_of_each_sort_are_listed_and_all_are_counted(here, capsys):
 
 
 def test_splits_and_ids(here, capsys):
+    """What a split or an id should be was not said, and the ids 1 and "1" looked alike."""
     photos(here / "photos", ["f.png", "g.png"])
     lines = [
         {"image": "f.png", "caption": "x", "id": 1, "split": "train"},
-        {"image": "f.png", "caption": "x", "id": 2, "split": "train"},
+        {"image": "f.png", "caption": "x", "id": "1", "split": "train"},
         {"image": "f.png", "caption": "x", "id": 1, "split": "val"},
         {"image": "g.png", "caption": "x", "id": 1, "split": "train"},
         {"image": "g.png", "caption": 5, "split": "../../x"},
@@ -616,12 +617,14 @@ def test_splits_and_ids(here, capsys):
     Path("x.jsonl").write_text(text)
     listed, _ = problems_of(capsys, source="jsonl", captions="x.jsonl")
     for expected in (
-        "image with two ids: 1\n  x.jsonl:2", "image in two splits: 2\n  x.jsonl:3",
+        "image with two ids: 1\n  x.jsonl:2: f.png: 1 and '1'",
+        "image in two splits: 2\n  x.jsonl:3",
         "id of two images: 1\n  x.jsonl:4",
-        "bad split name: 1\n  x.jsonl:5: ../../x",
+        "bad split name (expected lower-case letters, digits, - or _): 1\n  x.jsonl:5: ../../x",
         "bad caption (not text): 1\n  x.jsonl:5",
         "bad file name (not text): 1\n  x.jsonl:6", "bad caption (missing): 1\n  x.jsonl:7",
-        "bad id: 1\n  x.jsonl:7: 1.5", "not a JSON object: 2\n  x.jsonl:8", "  x.jsonl:9: {broken",
+        "bad id (expected a whole number or a text): 1\n  x.jsonl:7: 1.5",
+        "not a JSON object: 2\n  x.jsonl:8", "  x.jsonl:9: {broken",
     ):  # fmt: skip
         assert expected in listed
 
@@ -663,7 +666,8 @@ def test_coco_and_karpathy_entries_are_named(here, capsys):
     listed, _ = problems_of(capsys, source="coco", captions="x.json")
     for expected in (
         "image listed twice: 1\n  x.json: images[1]",
-        "bad id: 1\n  x.json: images[2]", "not a JSON object: 1\n  x.json: images[3]: 5",
+        "bad id (expected a whole number or a text): 1\n  x.json: images[2]: []",
+        "not a JSON object: 1\n  x.json: images[3]: 5",
         "caption of an image that is not listed: 2\n  x.json: annotations[1]: image_id None",
         "x.json: annotations[2]: image_id 9",
     ):  # fmt: skip
@@ -696,6 +700,8 @@ def test_hostile_tars(here, capsys):
         link = tarfile.TarInfo("2.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
+        add(tar, "5.txt", b"x")
+        add(tar, "5.heic", data)
     with tarfile.open("t/1.tar", "w") as tar:
         add(tar, "3.png", data)
         add(tar, "3.json", b"{")
@@ -709,7 +715,7 @@ def test_hostile_tars(here, capsys):
     for expected in (
         "file name outside the tar: 2\n  t/0.tar: member 0: ../../escape.png",
         "t/0.tar: member 1: /etc/escape.png", "text of more than 1 MiB: 1\n  t/0.tar: member 3",
-        "captions without an image: 1\n  t/0.tar: member 4",
+        "captions without an image: 2\n  t/0.tar: member 4: 1.txt\n  t/0.tar: member 6: 5.txt, 5.h",
         "neither a plain file nor a folder: 1\n  t/0.tar: member 5: 2.png",
         "not a JSON object: 1\n  t/1.tar: member 1",
         "broken tar: 2\n  t/2.tar", "  t/3.tar",
