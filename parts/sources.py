@@ -118,8 +118,9 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
         splits["val"] = [r for i, r in enumerate(train) if i in chosen]
     if "val" not in splits:
         files = [set(glob.glob(cfg.captions.replace("{split}", s))) for s in ("*", *SPLITS)]
+        others = sorted(files[0].difference(*files[1:])) + sorted(splits.keys() - set(SPLITS))
         hint = ""
-        if others := sorted(files[0].difference(*files[1:])):
+        if others:
             hint = f"if it is {' or '.join(others[:3])}, rename that; "
         raise UserError(
             f"{cfg.captions}: no images in split `val`, only in {', '.join(splits)}: "

@@ -513,6 +513,10 @@ def test_a_val_split_by_another_name_is_pointed_out(here):
         UserError, match="no images in split `val`, .*: if it is validation.csv, re"
     ):
         prepare.main(cfg)
+    Path("one.csv").write_text("image,caption,split\n0.jpg,a dog,train\n1.jpg,x,validation\n")
+    cfg = own(["0.jpg", "1.jpg"], source="csv", captions="one.csv")
+    with pytest.raises(UserError, match="only in train, validation: if it is validation, rename"):
+        prepare.main(cfg)
 
 
 def test_absolute_names_are_explained_once(here, capsys):
