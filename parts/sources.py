@@ -397,6 +397,7 @@ def row_of(entry: dict, columns: tuple[str, str]) -> Record:
 
 def read_csv(path: str, problems: Problems) -> Iterator[Row]:
     """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
+    csv.field_size_limit(2**31 - 1)  # by default, 131,072 characters: too few for some columns
     with open_text(path) as file:
         reader = csv.reader(file, strict=True)
         header: list[str] = []

@@ -554,7 +554,10 @@ BAD_CSV = {
     'f.png,"a\nb"\nf.png,"a\0b"\n': ["bad caption (a control character", "x.csv:5"],
     "f.png,\x1b[31mred\n": ["bad caption (a control character", "x.csv:3"],
     f"f.png,{'x' * 3000}\n": ["bad caption (more than 2000 characters)", "x.csv:3"],
-    f"f.png,{'x' * 1_000_000}\nf.png,\n": ["malformed CSV", "x.csv:3", "x.csv:4"],
+    f"f.png,{'x' * 1_000_000}\nf.png,\n": [
+        "bad caption (more than 2000 characters): 1\n  x.csv:3",
+        "x.csv:4",
+    ],
     "f.png,one,two\n": ["wrong number of cells", "x.csv:3: 3 for 2 columns"],
     'f.png,"open\n': ["malformed CSV", "x.csv:3"],
     'f.png,"a"b\n': ["malformed CSV", "x.csv:3"],
@@ -777,6 +780,13 @@ def test_one_file_with_two_names_is_one_image(here, capsys):
     assert {s: r[0].captions for s, r in sources.read(cfg).items()} == {
         "train": ["x"], "val": ["y"]
     }  # fmt: skip
+
+
+def test_a_column_that_is_not_read_may_be_of_any_length(here):
+    """By default, Python's csv module refuses a cell of more than 131,072 characters."""
+    Path("x.csv").write_text(f"image,caption,html\na.png,x,{'y' * 200_000}\nb.png,z,\n")
+    splits = sources.read(own(["a.png", "b.png"], source="csv", captions="x.csv", val_images=1))
+    assert [len(splits[split]) for split in ("train", "val")] == [1, 1]
 
 
 def test_columns_that_are_not_read_may_be_there_twice(here):
