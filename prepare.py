@@ -363,7 +363,7 @@ def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int = 0) -> None:
                 record = splits[split][row]
                 cells = (split, record.id, record.file_name, reason)
                 # A spreadsheet would run a cell that begins like a formula.
-                writer.writerow([f"'{c}" if str(c)[:1] in "=+-@" else c for c in cells])
+                writer.writerow([f"'{c}" if str(c).startswith(tuple("=+-@")) else c for c in cells])
     os.replace(own, path)
     if count > cfg.max_bad * total:
         raise UserError(
