@@ -133,7 +133,7 @@ class EmbeddingFile:
         self.split = split
         self.path = folder / f"{split}.npy"
         self.log = folder / f"rank{rank}.jsonl"
-        rows = np.load(self.path, mmap_mode="r")
+        rows = self.rows()
         self.shape = rows.shape
         self.begin = rows.offset
         self.unlogged: list[str] = []
