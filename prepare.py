@@ -57,11 +57,11 @@ def main(cfg: Config) -> None:
             encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
         splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
         if not cfg.embeddings:
-            files, facts, encoding = encode(splits, encoder, cfg, device)
+            files, encoder_fields, encoding = encode(splits, encoder, cfg, device)
         elif device.is_first:
-            files, facts, encoding = copy_embeddings(splits, cfg)
+            files, encoder_fields, encoding = copy_embeddings(splits, cfg)
         if device.is_first:
-            finish(splits, files, tokenizer, cfg, facts, encoding)
+            finish(splits, files, tokenizer, cfg, encoder_fields, encoding)
     device.close()
 
 
@@ -197,14 +197,14 @@ class EmbeddingFile:
         return kept
 
 
-def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
-    """Make each split's file in data/<dataset>/encoding, or leave those of an interrupted run that
-    was `made_by` the same. Return this run's mark, which stands in the file `run` there."""
+def create_files(cfg: Config, origin: dict, shapes: dict[str, tuple]) -> str:
+    """Make each split's file in data/<dataset>/encoding, or leave those of an interrupted run of
+    the same origin. Return this run's mark, which stands in the file `run` there."""
     folder = cfg.data_dir / "encoding"
-    made_by = made_by | {"shapes": json.loads(json.dumps(shapes))}
+    origin = origin | {"shapes": json.loads(json.dumps(shapes))}
     resumes = False
     if (folder / "made_by.json").is_file():
-        is_same = read_json(folder / "made_by.json") == made_by
+        is_same = read_json(folder / "made_by.json") == origin
         resumes = is_same and all((folder / f"{split}.npy").exists() for split in shapes)
         if not resumes:
             print("settings, images or versions differ from the unfinished run's: starting over")
@@ -213,7 +213,7 @@ def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
         folder.mkdir(parents=True)
         for split, shape in shapes.items():
             EmbeddingFile.create(folder, split, shape)
-        write_text(folder / "made_by.json", json.dumps(made_by))
+        write_text(folder / "made_by.json", json.dumps(origin))
     mark = secrets.token_hex(8)
     write_text(folder / "run", mark)
     return mark
@@ -222,12 +222,13 @@ def create_files(cfg: Config, made_by: dict, shapes: dict[str, tuple]) -> str:
 def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict, dict, dict]:
     """Encode the images with CLIP, unless that is done, and drop the records of bad ones.
 
-    Return, on rank 0, each split's file, the facts for meta.json, and what encoding.json is to say.
+    Return, on rank 0, each split's file, the encoder fields of meta.json, and the content of
+    encoding.json.
     """
     P, D = encoder.n_positions, encoder.embedding_dim
     shapes = {split: (len(records), P, D) for split, records in splits.items()}
     folder = cfg.data_dir / "encoding"
-    origin = device.on_first(lambda: made_by(splits, cfg, encoder))
+    origin = device.on_first(lambda: fingerprint_of_inputs(splits, cfg, encoder))
     files, bad = device.on_first(lambda: earlier_encoding(cfg, origin))
     if not files:
         mark = device.on_first(lambda: create_files(cfg, origin, shapes))
@@ -246,20 +247,20 @@ def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict, 
         ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], cfg)]], workers=0)
         last = torch.tensor(files[split].rows()[-1:])
         assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
-    facts = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
-    facts |= {"features": cfg.features, "grid": cfg.grid}
-    return files, facts, {"made_by": origin, "bad": bad}
+    encoder_fields = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
+    encoder_fields |= {"features": cfg.features, "grid": cfg.grid}
+    return files, encoder_fields, {"made_by": origin, "bad": bad}
 
 
-def earlier_encoding(cfg: Config, made_by: dict) -> tuple[dict[str, EmbeddingFile], dict]:
-    """Return each split's file and its bad rows, of a finished encoding that was `made_by` the
-    same; nothing if there is none.
+def earlier_encoding(cfg: Config, origin: dict) -> tuple[dict[str, EmbeddingFile], dict]:
+    """Return each split's file and its bad rows, of a finished encoding of the same origin;
+    nothing if there is none.
 
     Its files are in place, or if `finish` was cut off, still in data/<dataset>/encoding.
     """
     path = cfg.data_dir / "encoding.json"
     earlier = read_json(path) if path.is_file() else {}
-    if earlier.get("made_by") != made_by:
+    if earlier.get("made_by") != origin:
         return {}, {}
     files, bad = {}, {}
     for split, sample in earlier["files"].items():
@@ -274,7 +275,7 @@ def earlier_encoding(cfg: Config, made_by: dict) -> tuple[dict[str, EmbeddingFil
     return files, bad
 
 
-def made_by(splits: Splits, cfg: Config, encoder) -> dict:
+def fingerprint_of_inputs(splits: Splits, cfg: Config, encoder) -> dict:
     """Return all that the embeddings' bytes depend on: model, images, and how they are batched."""
     import PIL
     import transformers
@@ -396,13 +397,13 @@ def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict, dict, dict]:
     `encode` returns. Raise UserError if an image has no row (a split other than train and val of
     such images is left out), two share one, or a row is not finite in half precision.
     """
-    array, row_of = open_embeddings(cfg)
+    array, index = open_embeddings(cfg)
     rows = {}  # split -> the row of each image
     owner: dict[int, str] = {}  # row -> the image that has it
     problems = sources.Problems()
     for split, records in list(splits.items()):
         names = [record.file_name for record in records]
-        rows[split] = [row_of.get(name, row_of.get(name.rpartition("/")[2])) for name in names]
+        rows[split] = [index.get(name, index.get(name.rpartition("/")[2])) for name in names]
         if split not in sources.NEEDED and set(rows[split]) == {None}:
             print(f"left out split `{split}`: {cfg.embedding_names} has none of its images")
             del splits[split]
@@ -452,10 +453,10 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
             f"{cfg.embeddings} has shape {array.shape}, {cfg.embedding_names} has {len(names)} "
             f"names: one row, (D,) or (P, D), is needed for each"
         )
-    row_of = {name.strip(): row for row, name in enumerate(names)}
-    if len(row_of) != len(names):
-        raise UserError(f"{cfg.embedding_names}: {len(names) - len(row_of)} names occur twice")
-    return array[:, None] if array.ndim == 2 else array, row_of
+    index = {name.strip(): row for row, name in enumerate(names)}
+    if len(index) != len(names):
+        raise UserError(f"{cfg.embedding_names}: {len(names) - len(index)} names occur twice")
+    return array[:, None] if array.ndim == 2 else array, index
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,7 +465,7 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
 
 def finish(
     splits: Splits, files: dict[str, EmbeddingFile], tokenizer: Tokenizer, cfg: Config,
-    facts: dict, encoding: dict,
+    encoder_fields: dict, encoding: dict,
 ) -> None:  # fmt: skip
     """Write all that is missing, then move everything into place, meta.json last.
 
@@ -487,7 +488,7 @@ def finish(
         dataset=cfg.dataset, source=cfg.source, captions=cfg.captions, images=cfg.images,
         normalize=cfg.normalize, lowercase=cfg.lowercase, vocab_size=len(tokenizer),
         splits=counts, pad=tokenizer.pad, bos=tokenizer.bos, eos=tokenizer.eos, unk=tokenizer.unk,
-        n_positions=P, embedding_dim=D, **facts,
+        n_positions=P, embedding_dim=D, **encoder_fields,
     )  # fmt: skip
     meta.write(folder)
     shutil.rmtree(folder / "encoding")

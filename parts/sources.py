@@ -343,7 +343,7 @@ def read_rows(cfg, problems: Problems) -> Iterator[Row]:
     """Yield the rows of all caption files. A row that names no split is of its file's."""
     reader = READERS[cfg.source]
     if cfg.source == "shards":
-        reader = functools.partial(read_shards, captions=cfg.captions)
+        reader = functools.partial(read_shards, setting=cfg.captions)
     for split, path in caption_files(cfg):
         for where, record in reader(path, problems):
             if record.split is None:
@@ -534,16 +534,16 @@ def read_coco(path: str, problems: Problems) -> Iterator[Row]:
         problems.add("caption of an image that is not listed", where, f"image_id {image_id}")
 
 
-def read_shards(pattern: str, problems: Problems, captions: str) -> Iterator[Row]:
+def read_shards(pattern: str, problems: Problems, setting: str) -> Iterator[Row]:
     """Tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json's "caption".
 
-    `pattern` is a folder of .tar files, or a glob pattern; `captions` is the setting that it comes
+    `pattern` is a folder of .tar files, or a glob pattern; `setting` is the one that it comes
     from. Nothing is unpacked: images are read in place, from the tar. Members of other types are
     ignored. An image's id is its KEY, or if keys begin anew in each tar, TAR/KEY.
     """
-    root = re.match(r"[^*?\[{]*/|", captions)[0]  # names are relative to the fixed part
+    root = re.match(r"[^*?\[{]*/|", setting)[0]  # names are relative to the fixed part
     if os.path.isdir(pattern):
-        if "{" not in captions:
+        if "{" not in setting:
             root = os.path.join(pattern, "")
         pattern = os.path.join(glob.escape(pattern), "*.tar")
     paths = sorted(glob.glob(pattern))
