@@ -375,13 +375,11 @@ class SplitSource:
         images, references = self.split.references()
         self.items = []
         for number, (image, captions) in enumerate(zip(images, references, strict=True)):
-            item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
-            item |= {"path": "", "references": captions}
             # val_images moved some of train to val, but not their files
             own = folder.replace("{split}", image.get("split", cfg.split))
             path = Path(own, image["file_name"])
-            if path.is_file():
-                item["path"] = str(path)
+            item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
+            item |= {"path": str(path) if path.is_file() else "", "references": captions}
             if image.get("facts"):
                 item["facts"] = {"true": image["facts"]}
             self.items.append(item)
