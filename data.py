@@ -251,12 +251,7 @@ class Meta:
         content = read_json(path, hint)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a dataset of format {FORMAT}: {hint}")
-        return cls.from_dict(content, str(path))
-
-    @classmethod
-    def from_dict(cls, content: dict, path: str) -> "Meta":
-        """Return the Meta of a meta.json, or of the `meta` in a checkpoint."""
-        return from_dict(cls, content, path)
+        return from_dict(cls, content, str(path))
 
     def write(self, folder: Path) -> None:
         """Add what is known of the files and write meta.json, a dataset's last file."""

@@ -87,7 +87,7 @@ def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
     Raises UserError if the file is not a checkpoint or its parts do not fit each other.
     """
     content = checkpoint.load(path)
-    meta = Meta.from_dict(content["meta"], f"{path}: meta")
+    meta = from_dict(Meta, content["meta"], f"{path}: meta")
     model_bytes = content["tokenizer"].numpy().tobytes()
     tokenizer = Tokenizer(model_bytes, meta.lowercase, f"the tokenizer in {path}")
     cfg = from_dict(ModelConfig, content["model_config"], f"{path}: model_config")

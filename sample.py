@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import gallery
 import metrics
-from configurator import ConfigError, configure, one_of, within
+from configurator import ConfigError, configure, from_dict, one_of, within
 from data import Meta, Split
 from decode import Caption, Decoding, generate, load_captioner
 from parts.common import UserError, append, owning, printable, run, sha256, write_text
@@ -217,7 +217,7 @@ class Captioner:
     def __init__(self, cfg: SampleConfig):
         self.cfg = cfg
         self.model, self.tokenizer, content = load_captioner(cfg.ckpt)
-        self.meta = Meta.from_dict(content["meta"], f"{cfg.ckpt}: meta")
+        self.meta = from_dict(Meta, content["meta"], f"{cfg.ckpt}: meta")
         trained_on = content["config"].get("data") or f"data/{self.meta.dataset}"
         self.data = Path(cfg.data or str(trained_on))
         self.device = Device(cfg.device, cfg.dtype)

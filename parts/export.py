@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configurator import Config, configure
+from configurator import Config, configure, from_dict
 from data import Meta
 from decode import default_max_len, load_captioner
 from metrics import VERSION
@@ -39,7 +39,7 @@ def main(cfg: ExportConfig) -> None:
     from safetensors.torch import save
 
     model, tokenizer, content = load_captioner(cfg.ckpt)
-    meta = Meta.from_dict(content["meta"], f"{cfg.ckpt}: meta")
+    meta = from_dict(Meta, content["meta"], f"{cfg.ckpt}: meta")
     if cfg.gpt2 and (meta.features != "pooled" or meta.encoder_kind not in OUTPUTS):
         raise UserError(f"{cfg.ckpt}: --gpt2 needs pooled embeddings of CLIP or SigLIP")
     folder = Path(cfg.to)
