@@ -10,6 +10,7 @@ run was deleted. A run that cannot be started is not tracked, and metrics that c
 until the next evaluation; one line on stderr says so.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -72,6 +73,8 @@ class Tracker:
             params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
             self.client.log_batch(run_id, params=params)
             write_text(id_file, run_id + "\n")
+        if settings is not None:
+            atexit.register(self.close, "FAILED")  # if an error ends the script before `close`
         self.run_id = run_id  # only now is there a run to send to
 
     def attempt(self, call, *args) -> None:
@@ -115,3 +118,4 @@ class Tracker:
         if self.run_id:
             self.attempt(self.send, {})
             self.attempt(self.client.set_terminated, self.run_id, status)
+            self.run_id = None

@@ -1,5 +1,6 @@
 """Tracking: what was sent is read back from MLflow, and a tracker that fails stops nothing."""
 
+import functools
 import importlib.util
 import sys
 
@@ -112,6 +113,24 @@ def test_a_file_of_a_run_never_tracked_makes_no_run(store, tmp_path):
     with pytest.raises(UserError, match="out/mlflow_run not found: train with --track=mlflow fir"):
         Tracker("mlflow", None, tmp_path / "out")
     assert MlflowClient().get_experiment_by_name("nanocaption") is None
+
+
+@needs_mlflow
+def test_a_run_that_an_error_ends_has_failed(store, tmp_path, monkeypatch):
+    """It stayed RUNNING for good."""
+    from mlflow import MlflowClient
+
+    at_exit = []
+    monkeypatch.setattr(
+        "parts.tracking.atexit.register", lambda *call: at_exit.append(functools.partial(*call))
+    )
+    for close, status in ((False, "FAILED"), (True, "FINISHED")):
+        tracker = Tracker("mlflow", {}, tmp_path / status, "shapes")
+        run_id = tracker.run_id
+        if close:
+            tracker.close()
+        at_exit.pop()()
+        assert MlflowClient().get_run(run_id).info.status == status
 
 
 @needs_mlflow
