@@ -84,6 +84,7 @@ class Config:
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     ema: float = 0.0  # decay of the moving average of the weights, 0 = off
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
+    word_dropout: float = 0.0  # share of the tokens read in training that unk replaces
     # -- self-critical training -----------------------------------------------------------
     objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
     from_scratch: bool = False  # scst without init_from, from random weights
@@ -130,7 +131,7 @@ class Config:
         within(self, "scst_references", 0)
         within(self, "seed", 0, 2**32 - 1)
         within(self, "max_bad", 0, 1)
-        for name in "dropout beta1 beta2 label_smoothing ema".split():
+        for name in "dropout word_dropout beta1 beta2 label_smoothing ema".split():
             if not 0 <= getattr(self, name) < 1:
                 refuse(name, f"0 <= {name} < 1", getattr(self, name))
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.dataset):

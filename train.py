@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from configurator import Config, configure
+from configurator import Config, configure, from_dict
 from data import Meta, Order, Split, batches
 from decode import Caption, Decoding, generate
 from model import ClipLM, ModelConfig, loss_sum
@@ -155,7 +155,8 @@ class Training:
 
     def __init__(self, cfg: Config, device: Device):
         if cfg.objective == "scst":  # samples and gradient must be of one and the same function
-            cfg = replace(cfg, dropout=0.0, label_smoothing=0.0, embedding_noise=0.0)
+            cfg = replace(cfg, dropout=0.0, label_smoothing=0.0, embedding_noise=0.0,
+                          word_dropout=0.0)  # fmt: skip
         self.cfg, self.device = cfg, device
         # Scheduler and torchrun may both send a signal: within 5 seconds they count as one.
         self.signals = Signals(echo=5.0 if device.world > 1 else 0.0)
@@ -237,6 +238,8 @@ class Training:
             batch = self.device.put(batch)
             if self.cfg.embedding_noise:
                 batch["embeddings"] = self.add_noise(batch["embeddings"])
+            if self.cfg.word_dropout:
+                batch["tokens"] = self.drop_words(batch["tokens"])
             # DDP exchanges gradients at the end of every backward pass. Once per step is enough:
             # the micro-batches before the last only add to the gradients of their own rank.
             is_last = i == len(micro_batches) - 1
@@ -296,6 +299,14 @@ class Training:
         if self.model.cfg.normalize:
             x = F.normalize(x, dim=-1)
         return x + self.cfg.embedding_noise * torch.randn_like(x)
+
+    def drop_words(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Replace a share of the tokens, but no bos, by unk (Bowman et al. 2016, arXiv:1511.06349).
+        So the next word is read off the image, and not only off the words before it: a shape may
+        follow a colour that it never had in training."""
+        tokenizer = self.split.tokenizer
+        is_dropped = torch.rand(tokens.shape, device=tokens.device) < self.cfg.word_dropout
+        return tokens.masked_fill(is_dropped & (tokens != tokenizer.bos), tokenizer.unk)
 
     # -- last.pt and ckpt.pt --------------------------------------------------------------------
 
@@ -359,7 +370,7 @@ class Training:
         Raises UserError if it is of another dataset, with `hint`, or of another architecture.
         """
         content = checkpoint.load(path)
-        trained_on = Meta.from_dict(content["meta"], f"{path}: meta")
+        trained_on = from_dict(Meta, content["meta"], f"{path}: meta")
         self.split.meta.refuse_other(trained_on, path, hint)
         now = asdict(self.model.cfg)
         changed = checkpoint.changed_settings(content["model_config"], now, but=("dropout",))

@@ -112,7 +112,8 @@ def test_compiling_makes_few_graphs_and_changes_no_loss(here, monkeypatch):
     assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"ema": 0.9, "dropout": 0.2, "embedding_noise": 0.1},
+@pytest.mark.parametrize("kind", [{}, {"ema": 0.9, "dropout": 0.2, "embedding_noise": 0.1,
+                                        "word_dropout": 0.2},
                                   {"dtype": "bfloat16"}])  # fmt: skip
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(here, kind, monkeypatch):
     train.main(Config(**SMALL | kind | dict(out_dir="whole")))
@@ -410,11 +411,34 @@ class Reads(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def test_dropped_words_are_replaced_by_unk_and_targets_stay(here, monkeypatch):
+    batches, loss_sum = [], train.loss_sum
+
+    def noted(model, batch, label_smoothing):
+        batches.append(batch)
+        return loss_sum(model, batch, label_smoothing)
+
+    monkeypatch.setattr(train, "loss_sum", noted)
+    plain = train.Training(Config(**SMALL), Device("cpu", "float32"))
+    dropping = train.Training(Config(**SMALL | dict(word_dropout=0.3)), Device("cpu", "float32"))
+    for training in (plain, dropping):
+        for micro_batches, counts in training.batches(range(6)):
+            training.update(micro_batches, counts, 1e-3)
+    tokenizer = plain.split.tokenizer
+    for before, after in zip(batches[:6], batches[6:], strict=True):
+        changed = before["tokens"] != after["tokens"]
+        assert (after["tokens"][changed] == tokenizer.unk).all()
+        assert not changed[before["tokens"] == tokenizer.bos].any()
+        assert torch.equal(before["targets"], after["targets"])
+        can = (before["tokens"] != tokenizer.bos) & (before["tokens"] != tokenizer.unk)
+        assert 0.2 < changed[can].float().mean() < 0.4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_step_waits_for_the_device(here, monkeypatch, dtype):
     """A step once asked for its gradient's norm, so that a GPU waited for the next step's work."""
     cfg = Config(**SMALL | dict(dtype=dtype, dropout=0.1, ema=0.9, embedding_noise=0.1,
-                                gradient_accumulation_steps=2))  # fmt: skip
+                                word_dropout=0.1, gradient_accumulation_steps=2))  # fmt: skip
     training = train.Training(cfg, Device("cpu", dtype))
     reads, as_list = Reads(), torch.Tensor.tolist
 
