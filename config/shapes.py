@@ -25,6 +25,7 @@ n_head = 4
 n_embd = 128
 block_size = 64
 dropout = 0.0
+word_dropout = 0.2
 
 batch_size = 64
 max_iters = 1500
