@@ -34,5 +34,5 @@ learning_rate = 2e-3
 lr_decay = "linear"
 min_lr = 2e-5
 warmup_iters = 50
-eval_interval = 500
+eval_interval = 1500  # at the end: earlier, captions may score higher and be wrong more often (LOG.md)
 eval_images = 500
