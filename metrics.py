@@ -397,8 +397,10 @@ def signature(
     df = f"references({sum(map(bool, references.values()))})"  # images whose n-grams are counted
     if document_frequencies is not None:
         df = f"given({len(document_frequencies.frequencies.counts)})"
-    tok = "ptb-java" if java else {"words": "ptb-regex", "characters": "characters"}[tokens]
-    version = "1.5-java" if meteor else "no"
+    tok = {"words": "ptb-regex", "characters": "characters"}[tokens]
+    if java:
+        tok = "ptb-java"
+    version = {True: "1.5-java", False: "no"}[meteor]
     return (
         f"nanocaption:{VERSION}|tok:{tok}|refs:{refs}|df:{df}"
         f"|bleu:sacrebleu-{sacrebleu.__version__}|cider:D|meteor:{version}"

@@ -84,7 +84,7 @@ class SampleConfig(Decoding):
         one_of(self, "tokens", "words characters")
         one_of(self, "rerank", "none consensus neighbours clip")
         one_of(self, "pick", "consensus random")
-        within(self, "neighbours", 1, 1000 if self.pick == "consensus" else 10**6)
+        within(self, "neighbours", 1, {"consensus": 1000, "random": 10**6}[self.pick])
         within(self, "rerank_weight", 0)
         if self.split and self.image:
             raise ConfigError("give either --split=<name> or --image <files and folders>")
@@ -152,8 +152,9 @@ def caption_and_score(cfg: SampleConfig) -> dict:
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
     scores = clip_means(predictions)
     if cfg.split and any(p["references"] for p in predictions):
-        # another dataset's training captions say nothing of what the model had read
-        training = [] if cfg.other_dataset else captioner.training[1]
+        training = []
+        if not cfg.other_dataset:  # another's training captions are not what the model has read
+            training = captioner.training[1]
         scores = score(predictions, cfg, training) | scores
     for line in [*skipped, *source.others]:
         print(printable(f"skipped {line}"), file=sys.stderr)
@@ -379,7 +380,9 @@ class SplitSource:
             own = folder.replace("{split}", image.get("split", cfg.split))
             path = Path(own, image["file_name"])
             item = {"number": number, "image_id": image["id"], "file_name": image["file_name"]}
-            item |= {"path": str(path) if path.is_file() else "", "references": captions}
+            item |= {"path": "", "references": captions}
+            if path.is_file():
+                item["path"] = str(path)
             if image.get("facts"):
                 item["facts"] = {"true": image["facts"]}
             self.items.append(item)
@@ -469,8 +472,10 @@ class Results:
 
 def clip_means(predictions: list[dict]) -> dict[str, float]:
     """Return the mean of each score by CLIP, if there are any."""
-    names = predictions[0].get("scores", {}) if predictions else {}
-    return {name: float(np.mean([p["scores"][name] for p in predictions])) for name in names}
+    if not (predictions and "scores" in predictions[0]):
+        return {}
+    scores = [p["scores"] for p in predictions]
+    return {name: float(np.mean([own[name] for own in scores])) for name in scores[0]}
 
 
 def score(predictions: list[dict], cfg: SampleConfig, training: list[list[str]]) -> dict:

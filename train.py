@@ -392,8 +392,7 @@ class Training:
         if self.resumes:
             self.log.say(f"resumed from {self.last_path} at step {self.progress.step}")
         elif cfg.resume:
-            begin = f"beginning with {cfg.init_from}" if cfg.init_from else "starting from scratch"
-            self.log.say(f"no {self.last_path} yet: {begin}")
+            self.log.say(f"no {self.last_path} yet: starting from {cfg.init_from or 'scratch'}")
         for name in ("features", "grid", "normalize", "lowercase"):
             prepared = getattr(self.split.meta, name)
             if getattr(cfg, name) != prepared:

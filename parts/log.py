@@ -120,5 +120,5 @@ def training_flops(model, images: int, tokens: int) -> float:
     decoder = 12 * cfg.n_embd**2 * cfg.n_layer * (images * cfg.prefix_length + tokens)
     mapper = sum(p.numel() for p in model.mapper.parameters() if p.dim() == 2)
     head = cfg.vocab_size * cfg.n_embd * tokens
-    each = 6 if model.lm_head.weight.requires_grad else 4
+    each = 4 + 2 * model.lm_head.weight.requires_grad
     return float(each * (decoder + head) + 6 * mapper * images * cfg.n_positions)

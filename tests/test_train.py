@@ -243,7 +243,7 @@ def test_the_evaluation_before_the_first_step_survives_a_kill(here, capfd, monke
     assert "resumed from more/last.pt at step 0" in capfd.readouterr().out
     assert log_of("more")[0] == first[0]
     train.main(Config(**more | dict(resume=True, out_dir="new")))
-    assert "no new/last.pt yet: beginning with out/tiny/ckpt.pt" in capfd.readouterr().out
+    assert "no new/last.pt yet: starting from out/tiny/ckpt.pt" in capfd.readouterr().out
 
 
 def test_of_equal_cider_the_lower_loss_is_kept(here, monkeypatch):
