@@ -50,15 +50,12 @@ class Tracker:
 
     def start(self, settings: dict | None, id_file: Path, name: str, resume: bool) -> None:
         self.client = self.mlflow.MlflowClient()
-        if settings is None and not id_file.is_file():
-            raise UserError(f"{id_file} not found: train with --track=mlflow first")
-        if settings is None or resume and id_file.is_file():
-            run_id = id_file.read_text(encoding="utf-8").strip()
-            if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
-                restore = f"restore it (mlflow runs restore --run-id {run_id}), or delete {id_file}"
-                raise UserError(f"tracking: this run was deleted in MLflow: {restore}")
-            if settings is not None:
-                self.client.update_run(run_id, "RUNNING")
+        if settings is None:
+            self.run_id = self.recorded(id_file)
+            return
+        if resume and id_file.is_file():
+            run_id = self.recorded(id_file)
+            self.client.update_run(run_id, "RUNNING")
         else:
             title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
             known = self.client.get_experiment_by_name(title)
@@ -73,9 +70,18 @@ class Tracker:
             params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
             self.client.log_batch(run_id, params=params)
             write_text(id_file, run_id + "\n")
-        if settings is not None:
-            atexit.register(self.close, "FAILED")  # if an error ends the script before `close`
+        atexit.register(self.close, "FAILED")  # if an error ends the script before `close`
         self.run_id = run_id  # only now is there a run to send to
+
+    def recorded(self, id_file: Path) -> str:
+        """Return the id of the run that the file names. Raise UserError if there is none."""
+        if not id_file.is_file():
+            raise UserError(f"{id_file} not found: train with --track=mlflow first")
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+            restore = f"restore it (mlflow runs restore --run-id {run_id}), or delete {id_file}"
+            raise UserError(f"tracking: this run was deleted in MLflow: {restore}")
+        return run_id
 
     def attempt(self, call, *args) -> None:
         """Call a function that needs MLflow. Report the first failure, and ignore the others."""
