@@ -113,6 +113,11 @@ class Config:
         suffix = "_scst" if self.objective == "scst" else ""
         return Path(self.out_dir or f"out/{self.dataset}{suffix}")
 
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate falls to min_lr; in self-critical training, only if asked."""
+        return self.objective == "xe" or self.lr_decay_iters > 0
+
     def __post_init__(self):
         one_of(self, "source", "shapes karpathy coco flickr csv jsonl shards")
         one_of(self, "features", "pooled grid")
@@ -145,8 +150,7 @@ class Config:
             refuse("init_from", expected, self.init_from)
         if self.freeze_decoder and not self.init_from:
             refuse("init_from", "the decoder's weights with freeze_decoder", self.init_from)
-        decays = self.objective == "xe" or self.lr_decay_iters > 0  # otherwise min_lr is not used
-        if decays and self.min_lr > self.learning_rate:
+        if self.decays and self.min_lr > self.learning_rate:
             refuse("min_lr", f"at most learning_rate={self.learning_rate}", self.min_lr)
         if self.features == "pooled" and self.n_prefix >= self.block_size:
             refuse("n_prefix", f"less than block_size={self.block_size}", self.n_prefix)

@@ -130,7 +130,7 @@ def learning_rate(step: int, cfg: Config) -> float:
     """
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    if cfg.objective == "scst" and not cfg.lr_decay_iters:
+    if not cfg.decays:
         return cfg.learning_rate
     end = cfg.lr_decay_iters or cfg.max_iters
     decayed = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
