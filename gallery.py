@@ -97,7 +97,8 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
 
     A small file is returned as it is, and so is any file if pillow is not installed.
     """
-    content = path.read_bytes()
+    with open(path, "rb") as file:
+        content = file.read(SMALL + 1)
     kind = next((k for start, k in SIGNATURES.items() if content.startswith(start)), None)
     if kind and len(content) <= SMALL:
         return kind, content
@@ -106,7 +107,7 @@ def thumbnail(path: Path) -> tuple[str, bytes] | None:
     try:
         image = read_image(path)
     except ImportError:
-        return kind and (kind, content)
+        return kind and (kind, path.read_bytes())
     except BadImage:
         return None
     image.thumbnail((SIDE, SIDE))
