@@ -226,10 +226,8 @@ class Captioner:
         self.model.to(self.device.torch_device)
         if cfg.method == "nearest" or cfg.rerank in ("consensus", "neighbours"):
             embeddings = self.split("train").embeddings
-            captions, strings = self.training
-            self.cider = metrics.CiderD(strings, tokenize=str.split)
             if cfg.rerank != "consensus":
-                self.neighbours = Neighbours(embeddings, captions, strings, cfg.neighbours)
+                self.neighbours = Neighbours(embeddings, *self.training, cfg.neighbours)
         if cfg.rerank == "clip" or cfg.clip_score:
             self.clip = ImageText(self.meta, cfg.clip, self.device.torch_device)
 
@@ -254,6 +252,11 @@ class Captioner:
         references, _ = metrics.read_references(path)
         captions = list(references.values())  # in the images' order: all of them have captions
         return captions, metrics.token_strings(captions, tokens=self.cfg.tokens)
+
+    @functools.cached_property
+    def cider(self) -> metrics.CiderD:
+        """With the training captions' document frequencies; counting COCO's takes half a minute."""
+        return metrics.CiderD(self.training[1], tokenize=str.split)
 
     def signature(self) -> dict:
         """Return all that the captions depend on, besides the images."""
