@@ -6,8 +6,8 @@
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
 per row. Finished captions leave the batch, unless a step is a CUDA graph, which takes as long
-without them (parts/graphs.py). An image's captions do not depend on its batch;
-for samples, pass its own number in `numbers`.
+without them (parts/graphs.py). An image's captions do not depend on its batch; for samples, pass
+its own number in `numbers`.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """

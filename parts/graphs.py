@@ -1,7 +1,7 @@
 """Decoding on a GPU: each step is a CUDA graph, one launch in place of two hundred.
 
-    model = with_graphs(model, embeddings, K, max_len)   # on a GPU, a GraphedDecoder
-    prefix_kv = model.prefill(embeddings)           # which decodes as ClipLM does
+    model = with_graphs(model, embeddings, K, max_len)  # on a GPU, a GraphedDecoder
+    prefix_kv = model.prefill(embeddings)               # which decodes as ClipLM does
     logits, cache = model.step(tokens, position, prefix_kv, cache)
 
 A graph repeats the same kernels on the same memory. So all rows stay until the end, keys and

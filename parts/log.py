@@ -41,9 +41,8 @@ class Log:
         """Log a step's figures, and the speed since the last line."""
         seconds = time.perf_counter() - self.begin
         flops = training_flops(self.model, self.counts["images"], self.counts["targets"])
-        self.peak = max(
-            self.peak, flops / seconds
-        )  # above it: the machine was busy when it was measured
+        # A run that beats the peak shows that the machine was busy when the peak was measured.
+        self.peak = max(self.peak, flops / seconds)
         row = {
             "step": step,
             "loss": loss,
