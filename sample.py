@@ -150,7 +150,9 @@ def caption_and_score(cfg: SampleConfig) -> dict:
     # -- score and write
     predictions = [entry for entry in results.entries if "skipped" not in entry]
     skipped = [entry["skipped"] for entry in results.entries if "skipped" in entry]
-    scores = clip_means(predictions)
+    scores = {}
+    if by_clip := [p["scores"] for p in predictions if "scores" in p]:
+        scores = {name: float(np.mean([s[name] for s in by_clip])) for name in by_clip[0]}
     if cfg.split and any(p["references"] for p in predictions):
         training = []
         if not cfg.other_dataset:  # another's training captions are not what the model has read
@@ -227,7 +229,7 @@ class Captioner:
         if cfg.method == "nearest" or cfg.rerank in ("consensus", "neighbours"):
             embeddings = self.split("train").embeddings
             if cfg.rerank != "consensus":
-                self.neighbours = Neighbours(embeddings, *self.training, cfg.neighbours)
+                self.neighbours = Neighbours(embeddings, cfg.neighbours)
         if cfg.rerank == "clip" or cfg.clip_score:
             self.clip = ImageText(self.meta, cfg.clip, self.device.torch_device)
 
@@ -253,6 +255,10 @@ class Captioner:
         captions = list(references.values())  # in the images' order: all of them have captions
         return captions, metrics.token_strings(captions, tokens=self.cfg.tokens)
 
+    def captions_of(self, images: list[int]) -> list[list[str]]:
+        """Return all captions of training images, as texts and as token strings."""
+        return [[caption for i in images for caption in given[i]] for given in self.training]
+
     @functools.cached_property
     def cider(self) -> metrics.CiderD:
         """With the training captions' document frequencies; counting COCO's takes half a minute."""
@@ -274,9 +280,8 @@ class Captioner:
             return []
         embeddings = embeddings.to(self.device.torch_device)
         if self.cfg.method == "nearest":
-            predictions = []
-            for item, lent in zip(items, self.neighbours.borrow(embeddings), strict=True):
-                predictions.append({"caption": self.pick(item["number"], *lent)})
+            pairs = zip(items, self.neighbours(embeddings), strict=True)
+            predictions = [{"caption": self.borrow(item, lenders)} for item, lenders in pairs]
         else:
             predictions = self.decode(embeddings, items)
         predictions = [item | p for item, p in zip(items, predictions, strict=True)]
@@ -286,10 +291,12 @@ class Captioner:
             self.add_clip_scores(embeddings, predictions)
         return predictions
 
-    def pick(self, number: int, captions: list[str], strings: list[str]) -> str:
-        """Return one of the captions that an image may borrow."""
+    def borrow(self, item: dict, lenders: list[int]) -> str:
+        """Return one of the captions of an image's neighbours."""
+        captions, strings = self.captions_of(lenders)
         if self.cfg.pick == "random":
-            return captions[np.random.default_rng((self.cfg.seed, number)).integers(len(captions))]
+            rng = np.random.default_rng((self.cfg.seed, item["number"]))
+            return captions[rng.integers(len(captions))]
         return captions[self.cider.agreement(strings).argmax()]
 
     def decode(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:
@@ -316,13 +323,12 @@ class Captioner:
         strings = metrics.token_strings(texts, tokens=self.cfg.tokens)
         if self.cfg.rerank == "clip":
             images = self.clip.images(embeddings, [item["path"] for item in items])
-            pairs = zip(texts, images, strict=True)
-            agreement = [self.clip.texts(own) @ image for own, image in pairs]
+            agreement = [self.clip.texts(own) @ x for own, x in zip(texts, images, strict=True)]
         elif self.cfg.rerank == "neighbours":
-            pairs = zip(strings, self.neighbours.borrow(embeddings), strict=True)
-            agreement = [self.cider.agreement(own, borrowed) for own, (_, borrowed) in pairs]
+            borrowed = [self.captions_of(lenders)[1] for lenders in self.neighbours(embeddings)]
+            agreement = list(map(self.cider.agreement, strings, borrowed))
         else:
-            agreement = [self.cider.agreement(own) for own in strings]
+            agreement = list(map(self.cider.agreement, strings))
         ranked = []
         for own, values in zip(captions, agreement, strict=True):
             logprobs = np.array([caption.logprob for caption in own])
@@ -471,14 +477,6 @@ class Results:
         """Delete the saved entries: the output files hold them now."""
         if self.path:
             self.path.unlink()
-
-
-def clip_means(predictions: list[dict]) -> dict[str, float]:
-    """Return the mean of each score by CLIP, if there are any."""
-    if not (predictions and "scores" in predictions[0]):
-        return {}
-    scores = [p["scores"] for p in predictions]
-    return {name: float(np.mean([own[name] for own in scores])) for name in scores[0]}
 
 
 def score(predictions: list[dict], cfg: SampleConfig, training: list[list[str]]) -> dict:

@@ -18,36 +18,27 @@ BLOCK = 8192  # rows of training embeddings read at a time
 
 
 class Neighbours:
-    """Training images, as lenders of captions.
+    """Finds the training images nearest to an image, by the cosine of their embeddings.
 
     Args:
         embeddings: (N, P, D) float16, memory-mapped; kept in memory as their means over P.
-        captions: those of each image.
-        token_strings: the same captions, tokenized.
         count: how many neighbours an image has.
     """
 
-    def __init__(self, embeddings: np.ndarray, captions, token_strings, count: int):
-        self.captions = captions
-        self.token_strings = token_strings
+    def __init__(self, embeddings: np.ndarray, count: int):
         self.count = min(count, len(embeddings))
-        starts = range(0, len(embeddings), BLOCK)
-        means = [torch.tensor(embeddings[i : i + BLOCK]).float().mean(1) for i in starts]
-        self.means = F.normalize(torch.cat(means), dim=-1)  # (N, D)
+        blocks = (embeddings[i : i + BLOCK] for i in range(0, len(embeddings), BLOCK))
+        self.means = torch.cat([normalized_mean(torch.tensor(block)) for block in blocks])  # (N, D)
 
-    def borrow(self, embeddings: Tensor) -> list[tuple[list[str], list[str]]]:
-        """Return all captions of each image's neighbours, nearest first, and their tokens.
+    def __call__(self, embeddings: Tensor) -> list[list[int]]:
+        """Return the numbers of the neighbours of each image (B, P, D), nearest first."""
+        similarity = normalized_mean(embeddings.cpu()) @ self.means.T  # (B, N)
+        return similarity.topk(self.count).indices.tolist()
 
-        Neighbours have the highest cosine of embeddings (B, P, D), averaged over P.
-        """
-        query = F.normalize(embeddings.cpu().float().mean(1), dim=-1)  # (B, D)
-        nearest = (query @ self.means.T).topk(self.count).indices  # (B, count)
-        borrowed = []
-        for own in nearest.tolist():
-            captions = [caption for i in own for caption in self.captions[i]]
-            strings = [string for i in own for string in self.token_strings[i]]
-            borrowed.append((captions, strings))
-        return borrowed
+
+def normalized_mean(embeddings: Tensor) -> Tensor:
+    """Return the mean over P of (N, P, D), with length 1."""
+    return F.normalize(embeddings.float().mean(1), dim=-1)
 
 
 class ImageText:

@@ -37,15 +37,13 @@ def test_neighbours_are_those_of_brute_force(monkeypatch, positions):
     rng = np.random.default_rng(0)
     training = rng.standard_normal((40, positions, 5)).astype(np.float16)
     queries = rng.standard_normal((6, positions, 5)).astype(np.float16)
-    captions, strings = [[f"Caption {i}"] for i in range(40)], [[f"{i}"] for i in range(40)]
-    lender = Neighbours(training, captions, strings, 9)
+    lender = Neighbours(training, 9)
     x, y = queries.astype(float).mean(1), training.astype(float).mean(1)
     cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in y] for a in x])
     expected = (-cosine).argsort(1)[:, :9]
-    for numbers, borrowed in zip(expected, lender.borrow(torch.tensor(queries)), strict=True):
-        assert borrowed == ([f"Caption {i}" for i in numbers], [f"{i}" for i in numbers])
-    lender = Neighbours(training, captions, strings, 99)  # more than there are
-    assert len(lender.borrow(torch.tensor(queries))[0][0]) == 40
+    assert lender(torch.tensor(queries)) == expected.tolist()
+    lender = Neighbours(training, 99)  # more than there are
+    assert sorted(lender(torch.tensor(queries))[0]) == list(range(40))
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="needs shared/flickr8k")
@@ -61,9 +59,11 @@ def test_the_floor_of_flickr8k():
     strings = metrics.token_strings(lent)
     cider = metrics.CiderD(strings, tokenize=str.split)
     references = {i: captions[names[i]] for i in rows["val"]}
-    lender = Neighbours(embeddings[rows["train"]], lent, strings, 5)
-    borrowed = lender.borrow(torch.tensor(embeddings[rows["val"]]))
-    best = [own[cider.agreement(tokens).argmax()] for own, tokens in borrowed]
+    lender = Neighbours(embeddings[rows["train"]], 5)
+    best = []
+    for images in lender(torch.tensor(embeddings[rows["val"]])):
+        own, tokens = ([c for i in images for c in given[i]] for given in (lent, strings))
+        best.append(own[cider.agreement(tokens).argmax()])
     corpus, _ = metrics.score(dict(zip(rows["val"], best, strict=True)), references)
     assert corpus["CIDEr"] == pytest.approx(0.351, abs=0.002)
 
@@ -130,10 +130,9 @@ def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rera
     _, captions = training.references()
     strings = metrics.token_strings(captions)
     cider = metrics.CiderD(strings, tokenize=str.split)
-    lent = Neighbours(training.embeddings, captions, strings, 20).borrow(
-        torch.tensor(val.embeddings)
-    )
-    for old, new, likely, (_, borrowed) in zip(before, after, by_logprob, lent, strict=True):
+    lenders = Neighbours(training.embeddings, 20)(torch.tensor(val.embeddings))
+    lent = [[string for i in images for string in strings[i]] for images in lenders]
+    for old, new, likely, borrowed in zip(before, after, by_logprob, lent, strict=True):
         assert sorted(map(str, old["n_best"])) == sorted(map(str, new["n_best"]))
         assert new["caption"] == new["n_best"][0]["caption"]
         (own,) = metrics.token_strings([[n["caption"] for n in new["n_best"]]])
