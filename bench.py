@@ -15,7 +15,7 @@ as JSON. Needs transformers.
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import gc
 import itertools
 import json

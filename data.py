@@ -40,7 +40,7 @@ class Split:
     lengths        (images,) tokens of each image's captions, a bos for each included
     n_captions     (images,)
 
-    Raises UserError, with the file and what to do, if one is missing or not as it was made.
+    Raises UserError if a file is missing, or has changed since prepare.py wrote it.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -265,7 +265,7 @@ class Meta:
 
     @property
     def longest_caption(self) -> int:
-        """The tokens of the longest caption of all splits, with bos or eos."""
+        """The tokens of the longest caption of all splits, counting one of bos and eos."""
         return max(split["longest_caption"] for split in self.splits.values())
 
     def differences(self, other: "Meta") -> str:
@@ -341,14 +341,14 @@ class Tokenizer:
 def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -> dict:
     """Write a split's tokens, offsets and references. Return its counts for meta.json.
 
-    Say how many captions the tokenizer changes, other than by unknown tokens.
+    Print how many captions change when encoded and decoded, unknown tokens aside.
 
     `records` are sources.Record: images with id, file_name, captions, and if the source knows
     them caption_ids, facts and tokens (each caption's ids, without bos and eos).
     """
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     tokens, lengths, changed = [], [], []
-    for i in range(0, len(records), 4096):  # the lists of ids would take more room than the texts
+    for i in range(0, len(records), 4096):  # all ids as lists would take more room than the texts
         some = records[i : i + 4096]
         captions = [c for record in some for c in record.captions]
         encoded = [ids for record in some for ids in record.tokens or ()]
@@ -387,7 +387,7 @@ def references_as_json(records: list, split: str) -> Iterator[str]:
         if record.facts:
             image["facts"] = record.facts
         if record.split not in (None, split):
-            image["split"] = record.split  # the source's, whose folder it is in
+            image["split"] = record.split  # the source's own, which names the image's folder
         yield separator + json.dumps(image)
         separator = ", "
     yield '], "annotations": ['

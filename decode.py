@@ -5,9 +5,9 @@
     tokenizer.decode(captions[i][0].ids)                # the best caption of image i
 
 An image's prefix is computed once and shared by its K samples or beams; a step feeds one token
-per row. Finished captions leave the batch, unless a step is a CUDA graph, which takes as long
-without them (parts/graphs.py). An image's captions do not depend on its batch; for samples, pass
-its own number in `numbers`.
+per row. Finished captions leave the batch, except under CUDA graphs, whose shapes are fixed
+(parts/graphs.py). An image's captions do not depend on its batch; for samples, pass its own number
+in `numbers`.
 
 Letters, besides model.py's:    G  images still in the batch      L  max_len
 """
@@ -31,7 +31,10 @@ from parts.common import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How captions are chosen. A prompt counts towards the lengths, the end token does not."""
+    """How captions are chosen. min_len and max_len count a prompt's tokens, too.
+
+    The end token counts towards max_len and the length penalty, but not towards min_len.
+    """
 
     METHODS = "greedy sample beam topk"
     # -- decoding -------------------------------------------------------------------------
@@ -100,10 +103,10 @@ def load_captioner(path: str) -> tuple[ClipLM, Tokenizer, dict]:
     return model.eval(), tokenizer, content
 
 
-def default_max_len(size: ModelConfig, longest: int) -> int:
-    """Return where captions are cut if no max_len is set: at the tokens of the longest caption in
-    the data, but at least 40, and at most what block_size leaves."""
-    return min(max(40, longest), size.block_size - size.prefix_length)
+def default_max_len(cfg: ModelConfig, longest: int) -> int:
+    """Return max_len if none is set: the tokens of the longest caption in the data, but at least
+    40, and at most what block_size leaves."""
+    return min(max(40, longest), cfg.block_size - cfg.prefix_length)
 
 
 @torch.inference_mode()
@@ -118,7 +121,8 @@ def generate(
         embeddings: (B, n_positions, D).
         tokenizer: with ids `pad bos eos unk` and `encode`.
         prompt: text that each caption continues.
-        numbers: one per image, to seed its samples besides cfg.seed; by default 0 to B - 1.
+        numbers: each image's number in its dataset, which seeds its samples together with
+            cfg.seed; by default 0 to B - 1.
         longest: the tokens of the longest caption in the data, with its end token: without
             cfg.max_len, captions are cut at default_max_len.
 
@@ -165,7 +169,8 @@ def greedy_or_sample(
     B, n, L = len(embeddings), cfg.n_best, cfg.max_len
     N = B * n  # captions; row N below is a bin for the output of finished rows
     is_graphed = isinstance(model, graphs.GraphedDecoder)  # finished rows stay in the batch
-    has_ended = model.has_ended if is_graphed else bool
+    # A GPU's answer is that of the step before: one step too many, but the CPU does not wait.
+    all_ended = model.has_ended if is_graphed else bool
     written = torch.full((N + 1, L), tokenizer.eos, device=device)
     written[:, : len(prompt)] = torch.tensor(prompt, device=device)
     logprobs = torch.zeros(N + 1, L, device=device)
@@ -188,7 +193,7 @@ def greedy_or_sample(
 
         # -- drop what is finished
         caption = caption.masked_fill(token.view_as(caption) == tokenizer.eos, N)
-        if t + 1 == L or has_ended((caption == N).all()):
+        if t + 1 == L or all_ended((caption == N).all()):
             break
         if not is_graphed:
             images, rows, caption = compact(caption, N)
@@ -202,8 +207,8 @@ def greedy_or_sample(
 
 
 def compact(caption: Tensor, N: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Drop images whose captions are all finished. Shrink the others to as many rows as the busiest
-    of them still needs.
+    """Drop images whose captions are all finished. Of each other image, keep as many rows as the
+    image with the most unfinished captions needs.
 
     caption (G, K) holds the number of the caption that each row writes; N marks a finished one.
     Every image keeps the same number of rows, so a finished row may stay as a filler. With N = 6:
@@ -229,10 +234,10 @@ def compact(caption: Tensor, N: int) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def uniform_draws(cfg: Decoding, numbers, device: torch.device) -> Tensor:
-    """Return (N + 1, L) uniform numbers, L for each caption and for the bin; in float64, in which
-    sample_token sums probabilities.
+    """Return uniform draws (N + 1, L), one per token; row N, the bin's, is zero. They are float64,
+    as are the sums of probabilities in sample_token.
 
-    An image's numbers depend only on the seed and its `numbers` entry, not on its batch.
+    An image's draws depend only on the seed and its entry in `numbers`, not on its batch.
     """
     draws = []
     for number in numbers:
@@ -276,11 +281,11 @@ def beam_search(
 ) -> list[list[Caption]]:
     """Return the `n_best` captions of each image, best first.
 
-    Each image has K beams, partial captions. A step extends each beam by every token and ranks
-    the K * V extensions by log p. Of the first K, those that end are finished. The first K that do
-    not end are the next beams; they are among the first 2K, since each beam has one way to end. An
-    image is done when none of its beams can still reach its n_best. Log p only falls as a caption
-    grows, so no score can exceed log p now divided by the largest divisor possible.
+    Each image has K beams (partial captions). A step extends each beam by every token and ranks
+    the K * V extensions by log p. Among the best K, those that end are finished. The best K that
+    do not end are the next beams; they are among the best 2K, because each beam has one way to
+    end. An image is done when none of its beams can still enter its n_best: log p only falls as a
+    caption grows, so log p now, over the largest possible divisor, bounds all later scores.
     """
     device, B, n, L = embeddings.device, len(embeddings), cfg.n_best, cfg.max_len
     is_graphed = isinstance(model, graphs.GraphedDecoder)  # images that are done stay in the batch
@@ -291,7 +296,7 @@ def beam_search(
     written = torch.full((B, 1, L), tokenizer.eos, device=device)  # (G, K, L)
     written[..., : len(prompt)] = torch.tensor(prompt, device=device)
     logprobs = torch.zeros_like(written, dtype=torch.float)  # (G, K, L)
-    longest = L - len(prompt)
+    max_length = L - len(prompt)
     for t in range(len(prompt), L):
         # -- extend every beam by every token, and keep the best 2K extensions
         G, K = total.shape
@@ -300,13 +305,13 @@ def beam_search(
         so_far = written[..., :t].flatten(0, 1)
         mask_forbidden(logp, so_far, tokenizer, cfg)
         extended = logp.view(G, K, V) + total[..., None]
-        total, index = extended.flatten(1).topk(min(2 * cfg.beams, K * V))  # (G, 2K)
-        parent = index // V
-        token = index % V
+        total, extension = extended.flatten(1).topk(min(2 * cfg.beams, K * V))  # (G, 2K)
+        parent = extension // V
+        token = extension % V
         written = select_beams(written, parent)
         logprobs = select_beams(logprobs, parent)
         written[..., t] = token
-        logprobs[..., t] = logp.view(G, K * V).gather(1, index)
+        logprobs[..., t] = logp.view(G, K * V).gather(1, extension)
 
         # -- those of the first K that end, or are cut off at max_len, are finished
         ends = (token == tokenizer.eos) | (t + 1 == L)
@@ -317,25 +322,25 @@ def beam_search(
 
         # -- the best of the others continue, in the images that are not done
         running = total.masked_fill(ends, -math.inf)
-        total, index = running.topk(min(cfg.beams, running.size(1)))
-        largest_divisor = max(length**cfg.length_penalty, longest**cfg.length_penalty)
+        total, beam = running.topk(min(cfg.beams, running.size(1)))  # (G, K), of the 2K
+        largest_divisor = max(length**cfg.length_penalty, max_length**cfg.length_penalty)
         is_open = total[:, 0] / largest_divisor > finished.score[image, -1]
         if is_graphed:
             total = total.masked_fill(~is_open[:, None], -math.inf)  # nothing is added any more
             keep = image
-            has_ended = t + 1 == L or model.has_ended(~is_open.any())
+            all_done = t + 1 == L or model.has_ended(~is_open.any())
         else:
             keep = is_open.nonzero()[:, 0]
-            has_ended = len(keep) == 0
-        if has_ended:
+            all_done = len(keep) == 0
+        if all_done:
             break
         if len(keep) < G:
-            image, total, index = image[keep], total[keep], index[keep]
+            image, total, beam = image[keep], total[keep], beam[keep]
             written, logprobs, parent = written[keep], logprobs[keep], parent[keep]
             prefix_kv = select_rows(prefix_kv, keep)
-        written = select_beams(written, index)
-        logprobs = select_beams(logprobs, index)
-        row = keep[:, None] * K + parent.gather(1, index)  # (G, K), of the batch before
+        written = select_beams(written, beam)
+        logprobs = select_beams(logprobs, beam)
+        row = keep[:, None] * K + parent.gather(1, beam)  # (G, K), rows of this step's batch
         cache = select_rows(cache, row.flatten())
         token = written[..., t].flatten()
         logits, cache = model.step(token, t + 1, prefix_kv, cache)
@@ -421,8 +426,8 @@ def select_beams(x: Tensor, index: Tensor) -> Tensor:
 def as_captions(written: Tensor, logprobs: Tensor, tokenizer, prompt: list[int]) -> list[Caption]:
     """Return a Caption for each row of L ids, padded with eos, and the log p of each id."""
     captions = []
-    for ids, shares in zip(written.tolist(), logprobs.tolist(), strict=True):
+    for ids, own in zip(written.tolist(), logprobs.tolist(), strict=True):
         length = ids.index(tokenizer.eos) if tokenizer.eos in ids else len(ids)
-        shares = shares[len(prompt) : length + 1]
-        captions.append(Caption(ids[:length], math.fsum(shares), shares, length < len(ids)))
+        own = own[len(prompt) : length + 1]
+        captions.append(Caption(ids[:length], math.fsum(own), own, length < len(ids)))
     return captions

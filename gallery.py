@@ -9,7 +9,7 @@ The page with its style and script is `assets/gallery.html`; this file builds it
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import base64
 import io
 import json

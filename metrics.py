@@ -11,7 +11,7 @@ The last line is JSON. Scores are fractions, as the toolkit prints them (CIDEr-D
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import csv
 import functools
 import hashlib

@@ -104,7 +104,7 @@ class Attention(nn.Module):
         return self.merge_heads(y), (k, v)
 
     def weights(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return how much each position attends to each other, (B, T, T), the heads averaged."""
+        """Return the attention weights (B, T, T), averaged over the heads."""
         q, k, _ = self.split_heads(x)
         scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
         return scores.masked_fill(~mask, -math.inf).softmax(-1).mean(1)
@@ -161,11 +161,11 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# The whole
+# The full model
 
 
 class ClipLM(nn.Module):
-    """Prefix projection and causal decoder. The head's weights are the token embeddings'."""
+    """Prefix projection and causal decoder. The head shares its weights with the embeddings."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -203,8 +203,8 @@ class ClipLM(nn.Module):
     def project(self, embeddings: Tensor) -> Tensor:
         """Project image embeddings (B, n_positions, D) to prefix embeddings (B, P, C).
 
-        Embeddings are normalised here: to unit RMS (length sqrt(D)), the scale that linear
-        layers expect.
+        If cfg.normalize, embeddings are scaled to unit RMS (length sqrt(D)), as linear layers
+        expect.
         """
         x = embeddings.to(next(self.mapper.parameters()).dtype)
         if self.cfg.normalize:

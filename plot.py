@@ -6,7 +6,7 @@ python plot.py out/a/log.jsonl out/b/log.jsonl --out=ab.png
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import os
 import sys
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ caption, and in tar shards captions that cannot be used, are left out and listed
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import contextlib
 import csv
 import functools

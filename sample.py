@@ -11,7 +11,7 @@ an interrupted one; it ends with the same files.
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import contextlib
 import csv
 import functools
@@ -44,7 +44,7 @@ from parts.tracking import Tracker
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Decoding):
     METHODS = f"{Decoding.METHODS} nearest"
-    # -- what -----------------------------------------------------------------------------
+    # -- input ----------------------------------------------------------------------------
     ckpt: str  # a checkpoint that train.py wrote, or a folder that parts/export.py wrote
     split: str = ""  # caption this split, and score the captions; empty, without image: val
     image: tuple[str, ...] = ()  # or these image files, and all images in these folders
@@ -54,16 +54,16 @@ class SampleConfig(Decoding):
     clip: str = ""  # the encoder's name or folder; empty: the checkpoint's
     prompt: str = ""  # text that every caption continues
     # -- choosing among captions ----------------------------------------------------------
-    # --method=nearest borrows a caption of the nearest training images; --rerank orders n_best by
-    # how well each agrees with the others, the captions of those images, or the image
+    # --method=nearest borrows a caption of the nearest training images. --rerank orders n_best by
+    # agreement with each other, with the captions of those images, or with the image
     neighbours: int = 20  # nearest training images
     pick: str = "consensus"  # the caption that nearest borrows: consensus random
     rerank: str = "none"  # none consensus neighbours clip
-    rerank_weight: float = 0.0  # of log p, which is added to the agreement
+    rerank_weight: float = 0.0  # weight of log p, added to the agreement
     tokens: str = "words"  # what agreement and scores count: words characters
     clip_score: bool = False  # score by CLIP too
-    # -- where to -------------------------------------------------------------------------
-    out_json: str = ""  # empty: predictions.json in a folder of the split next to the checkpoint
+    # -- output ---------------------------------------------------------------------------
+    out_json: str = ""  # empty: <the checkpoint's folder>/<split>/predictions.json
     out_csv: str = ""  # empty: the same with .csv
     gallery: bool = False  # write a page next to out_json: gallery.html, or of out_json's own name
     attention: bool = False  # keep, for the gallery, how each token attends to the prefix
@@ -92,7 +92,7 @@ class SampleConfig(Decoding):
             object.__setattr__(self, "split", "val")  # the class is frozen
         borrows = self.method == "nearest" or self.rerank == "neighbours"
         if borrows and self.split == "train":
-            raise ConfigError("split `train` lends its captions: choose another split", "split")
+            raise ConfigError("the captions come from split `train`: choose another", "split")
         if self.method == "nearest" and (self.prompt or self.attention):
             raise ConfigError("prompt and attention do nothing with --method=nearest", "method")
         shown = self.split or self.gallery or self.out_json
@@ -110,7 +110,7 @@ class SampleConfig(Decoding):
 
 
 def main(cfg: SampleConfig) -> dict:
-    """Caption what `cfg` names. Return the scores; of images without references, CLIP's."""
+    """Caption what `cfg` names. Return the scores; without references, only those by CLIP."""
     if cfg.java and (missing := metrics.java_missing(cfg.tokens)):
         raise UserError(missing)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -135,7 +135,7 @@ def main(cfg: SampleConfig) -> dict:
 
 
 def caption_and_score(cfg: SampleConfig) -> dict:
-    """Do what `main` does, when it owns the output files."""
+    """Caption and score, while `main` holds the locks of the output files."""
     tracker = Tracker(cfg.track, None, Path(cfg.ckpt).parent)
     captioner = Captioner(cfg)
     source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
@@ -155,7 +155,7 @@ def caption_and_score(cfg: SampleConfig) -> dict:
         scores = {name: float(np.mean([s[name] for s in by_clip])) for name in by_clip[0]}
     if cfg.split and any(p["references"] for p in predictions):
         training = []
-        if not cfg.other_dataset:  # another's training captions are not what the model has read
+        if not cfg.other_dataset:  # novel is what the model's own training captions lack
             training = captioner.training[1]
         scores = score(predictions, cfg, training) | scores
     for line in [*skipped, *source.others]:
@@ -257,11 +257,11 @@ class Captioner:
 
     def captions_of(self, images: list[int]) -> list[list[str]]:
         """Return all captions of training images, as texts and as token strings."""
-        return [[caption for i in images for caption in given[i]] for given in self.training]
+        return [[caption for i in images for caption in of[i]] for of in self.training]
 
     @functools.cached_property
     def cider(self) -> metrics.CiderD:
-        """With the training captions' document frequencies; counting COCO's takes half a minute."""
+        """CIDEr-D with the training captions' document frequencies: half a minute for COCO's."""
         return metrics.CiderD(self.training[1], tokenize=str.split)
 
     def signature(self) -> dict:
@@ -281,7 +281,7 @@ class Captioner:
         embeddings = embeddings.to(self.device.torch_device)
         if self.cfg.method == "nearest":
             pairs = zip(items, self.neighbours(embeddings), strict=True)
-            predictions = [{"caption": self.borrow(item, lenders)} for item, lenders in pairs]
+            predictions = [{"caption": self.borrow(*pair)} for pair in pairs]
         else:
             predictions = self.decode(embeddings, items)
         predictions = [item | p for item, p in zip(items, predictions, strict=True)]
@@ -291,9 +291,9 @@ class Captioner:
             self.add_clip_scores(embeddings, predictions)
         return predictions
 
-    def borrow(self, item: dict, lenders: list[int]) -> str:
+    def borrow(self, item: dict, neighbours: list[int]) -> str:
         """Return one of the captions of an image's neighbours."""
-        captions, strings = self.captions_of(lenders)
+        captions, strings = self.captions_of(neighbours)
         if self.cfg.pick == "random":
             rng = np.random.default_rng((self.cfg.seed, item["number"]))
             return captions[rng.integers(len(captions))]
@@ -325,7 +325,7 @@ class Captioner:
             images = self.clip.images(embeddings, [item["path"] for item in items])
             agreement = [self.clip.texts(own) @ x for own, x in zip(texts, images, strict=True)]
         elif self.cfg.rerank == "neighbours":
-            borrowed = [self.captions_of(lenders)[1] for lenders in self.neighbours(embeddings)]
+            borrowed = [self.captions_of(images)[1] for images in self.neighbours(embeddings)]
             agreement = list(map(self.cider.agreement, strings, borrowed))
         else:
             agreement = list(map(self.cider.agreement, strings))
@@ -449,7 +449,7 @@ class FileSource:
 
 
 class Results:
-    """Entries of the items, saved next to `out` batch by batch; not saved if it is empty.
+    """Entries of the items, appended to <out>.partial.jsonl batch by batch; not if it is empty.
 
     signature: what they depend on. Saved entries of another signature are not resumed.
     """
@@ -462,7 +462,8 @@ class Results:
         self.path = Path(f"{out}.partial.jsonl")
         lines = [json.dumps(signature, sort_keys=True)]
         if self.path.is_file():
-            saved = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # the last is torn
+            # What follows the last newline is an interrupted write, or nothing.
+            saved = self.path.read_text(encoding="utf-8").split("\n")[:-1]
             if saved[:1] == lines:
                 lines = saved
         self.entries = [entry for line in lines[1:] for entry in json.loads(line)]

@@ -1,19 +1,20 @@
 """Self-critical training: the model's own captions, weighted by how good they are.
 
-Cross-entropy teaches which word follows in a reference. What counts is the whole caption, as CIDEr
-judges it. So the model writes K captions of each image. It learns to make those more likely that
-are better than the others, and the rest less likely (Rennie et al. 2017, arXiv:1612.00563):
+Cross-entropy teaches which word comes next in a reference. Self-critical training rewards whole
+captions, by CIDEr (Rennie et al. 2017, arXiv:1612.00563). The model samples K captions of each
+image. Those that score above the others become more likely, and the rest less likely:
 
     reward      r_k = CIDEr-D of caption k against the image's references
-    advantage   A_k = r_k - mean of the other K - 1 rewards (Luo 2020, arXiv:2003.09971)
+    advantage   A_k = r_k - mean of the other K - 1 rewards (Luo 2020, arXiv:2003.09971;
+                Rennie et al. subtract the reward of the greedy caption)
     loss        - sum of A_k log p(caption k) / number of sampled tokens, over the global batch
 
 The K samples of an image are one packed row, as its references are in cross-entropy training. So
 the gradient comes from the very same forward pass, with a weight for each target.
 
-Common mistakes, which this file avoids:
-- The end token is a word of the reward. Without it, captions learn to break off after "with a". A
-  caption that was cut off at the longest length has no end.
+Details that are easy to get wrong:
+- The reward counts the end token as a word. Without it, captions learn to break off after "with
+  a". A caption that was cut off at the longest length has no end.
 - No dropout, temperature or filter, neither in sampling nor in the gradient: p is the model's own.
   (Sampling never draws pad, bos or unk, to which a trained model gives almost nothing.)
 - Document frequencies come from all training references, never from a batch.
@@ -42,7 +43,8 @@ class SelfCritical:
 
     def __init__(self, model: ClipLM, split: Split, cfg, device: Device):
         self.model, self.split, self.cfg, self.device = model, split, cfg, device
-        room = model.cfg.block_size - model.cfg.prefix_length - 1  # bos takes a position
+        # A packed row also holds a sample's last token, which decoding never feeds.
+        room = model.cfg.block_size - model.cfg.prefix_length - 1
         self.max_len = min(default_max_len(model.cfg, split.meta.longest_caption), room)
         _, references = split.references()
         split_text = tokenizer_for(references)
@@ -80,6 +82,7 @@ class SelfCritical:
         texts = [self.split.tokenizer.decode(caption.ids) for caption in captions]
         ended = np.array([caption.ended for caption in captions])
         rewards = self.cider.score(np.repeat(images, K), texts, ended).reshape(-1, K)
+        # r - mean of the others = (r - mean of all) * K / (K - 1)
         advantages = (rewards - rewards.mean(1, keepdims=True)) * K / (K - 1)
         rows = self.pack(embeddings, images, captions, advantages.ravel())
         lengths = np.array([len(caption.ids) for caption in captions])

@@ -12,7 +12,7 @@ nothing is deleted.
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import contextlib
 import copy
 import math
@@ -47,7 +47,7 @@ PREEMPTED = 75  # exit status after a signal: saved, run again with --resume
 
 
 def main(cfg: Config) -> dict:
-    """Train as `cfg` says. Return the last evaluation's figures."""
+    """Train as `cfg` says. Return the scores of the last evaluation."""
     device = Device(cfg.device, cfg.dtype)
     keep_freed_memory()
     with device.owning(cfg.run_dir / "lock", f"train.py is writing {cfg.run_dir}/"):
@@ -59,7 +59,7 @@ def main(cfg: Config) -> dict:
 
 
 def train(cfg: Config, device: Device) -> dict | None:
-    """Train until `max_iters`. Return the last figures, or None if a signal stopped it.
+    """Train until `max_iters`. Return the last scores, or None if a signal stopped it.
 
     All that changes from step to step is in `training`: the weights, the optimizer, and Progress,
     which says where the run is. A resumed run begins with those of last.pt and draws the same
@@ -123,10 +123,10 @@ def is_evaluation_due(progress: Progress, cfg: Config) -> bool:
 def learning_rate(step: int, cfg: Config) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    Linear warmup, then half a cosine from learning_rate down to min_lr (Loshchilov & Hutter 2017,
-    arXiv:1608.03983), which is kept from lr_decay_iters on; or, with lr_decay=linear, constant for
-    the first half and then a straight line. Self-critical training keeps learning_rate instead,
-    unless lr_decay_iters is set.
+    Linear warmup, then half a cosine down to min_lr at lr_decay_iters (Loshchilov & Hutter 2017,
+    arXiv:1608.03983), and constant from there on. With lr_decay=linear, it is constant for the
+    first half, then falls linearly. Self-critical training keeps learning_rate instead, unless
+    lr_decay_iters is set.
     """
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
@@ -198,19 +198,21 @@ class Training:
                 self.load_weights(cfg.init_from, "begin with a checkpoint of this one")
             else:
                 gpt2.load_decoder(self.model, cfg.init_from)
-            self.progress.evaluated_at = -1  # its scores are measured before the first step
+            self.progress.evaluated_at = -1  # the weights it begins with are scored first
         self.average = Average(self.model, cfg.ema, averaged)
         self.evaluator = Evaluator(self.average.model, validation, cfg, device, self.signals)
         if len(set(device.gather(self.progress.step))) > 1:
-            raise UserError(f"{self.last_path} is not the same on every machine: share its folder")
+            raise UserError(
+                f"{self.last_path} is not the same on every machine: put it on shared storage"
+            )
         # -- what training calls: the model, in DDP if there are more processes. `wrap` compiles the
         #    blocks of the model itself. Checkpoints are of the model: DDP would rename its weights.
         self.wrapped = device.wrap(self.model, cfg.compile)
         self.self_critical = None
         if cfg.objective == "scst":
             self.self_critical = SelfCritical(self.model, self.split, cfg, device)
-        kind = cfg.track if device.is_first else "none"
-        tracker = Tracker(kind, asdict(cfg), cfg.run_dir, cfg.run_dir.name, self.resumes)
+        track = cfg.track if device.is_first else "none"
+        tracker = Tracker(track, asdict(cfg), cfg.run_dir, cfg.run_dir.name, self.resumes)
         if not self.resumes:
             device.on_first(lambda: checkpoint.move_earlier_run(cfg.run_dir))
         self.log = Log(cfg, device, self.model, self.progress.step, self.resumes, tracker)
@@ -248,8 +250,9 @@ class Training:
                 with self.device.autocast():
                     loss = loss_sum(self.wrapped, batch, self.cfg.label_smoothing)
                 # The loss is the mean over all target tokens of the global batch, so that 1, 2 or
-                # 8 processes and any number of micro-steps compute the same update. Each part
-                # contributes its sum; DDP will divide by the number of ranks, which is undone here.
+                # 8 processes and any number of micro-steps compute the same update (but for
+                # dropout and noise, which each draws for itself). Each part contributes its sum;
+                # DDP will divide by the number of ranks, which is undone here.
                 scale = self.device.world / counts["targets"]
                 self.scaler.scale(loss * scale).backward()
             nll += loss.detach()
@@ -260,8 +263,9 @@ class Training:
         limit = self.cfg.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.norms.append(norm)
-        # A fused optimizer leaves weights and state alone if its `found_inf` is 1, which an enabled
-        # scaler sets too: nothing here waits for the norm, which would stall a GPU.
+        # Skip the step if the norm is not finite. A fused optimizer reads `found_inf` on the
+        # device, so that the CPU does not wait; an enabled scaler sets it itself. Without either,
+        # the CPU looks at the norm.
         fused = self.optimizer.defaults["fused"]
         if fused:
             self.optimizer.found_inf = (~norm.isfinite()).float()
@@ -302,8 +306,8 @@ class Training:
 
     def drop_words(self, tokens: torch.Tensor) -> torch.Tensor:
         """Replace a share of the tokens, but no bos, by unk (Bowman et al. 2016, arXiv:1511.06349).
-        So the next word is read off the image, and not only off the words before it: a shape may
-        follow a colour that it never had in training."""
+        The model must then rely on the image, not only on the words before: this helps with pairs
+        of colour and shape that no training image shows."""
         tokenizer = self.split.tokenizer
         is_dropped = torch.rand(tokens.shape, device=tokens.device) < self.cfg.word_dropout
         return tokens.masked_fill(is_dropped & (tokens != tokenizer.bos), tokenizer.unk)
@@ -346,7 +350,8 @@ class Training:
         self.notes += checkpoint.changed_settings(state["config"], now, but=("resume", "downloads"))
         before = state["config"].get("optimizer", "adamw")
         if before != self.cfg.optimizer:
-            raise UserError(f"{self.last_path} was written with --optimizer={before}: resume so")
+            flag = f"--optimizer={before}"
+            raise UserError(f"{self.last_path} was written with {flag}: add it to resume")
         groups = self.optimizer.state_dict()["param_groups"]  # this run's weight decay and betas
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if state["scaler"]:
@@ -418,8 +423,9 @@ class Average:
     """A copy of the model whose weights are the exponential moving average of the model's.
 
     Averaged weights caption better than those of any one step (Polyak & Juditsky 1992). They are
-    evaluated and shared, but never trained: training continues from the model's own. With a decay
-    of 0 there is no average: `model` is the model itself. A resumed average starts from `weights`.
+    evaluated and saved in ckpt.pt, but never trained: training continues from the model's own. With
+    a decay of 0 there is no average: `model` is the model itself. A resumed average starts from
+    `weights`.
     """
 
     def __init__(self, model: ClipLM, decay: float, weights: dict):
@@ -434,7 +440,7 @@ class Average:
         """Move the average towards the weights after `step` steps."""
         if not self.decay:
             return
-        decay = min(self.decay, step / (step + 9))  # a young average forgets faster
+        decay = min(self.decay, step / (step + 9))  # at first shorter: first weights are soon gone
         for average, own in zip(self.model.parameters(), self.source.parameters(), strict=True):
             average.lerp_(own, 1 - decay)
 
@@ -463,9 +469,9 @@ class Evaluator:
 
     @torch.inference_mode()
     def evaluate(self) -> tuple[dict | None, list[str]]:
-        """Return the figures, the same on every rank, and sample captions to print.
+        """Return the scores, the same on every rank, and sample captions to print.
 
-        The figures are None if any rank had to stop. They are: val_loss, nats per token;
+        The scores are None if any rank had to stop. They are: val_loss, nats per token;
         shuffled_loss, the same with another image's embedding (if it is no higher, the model
         ignores the image); CIDEr; distinct, the share of different captions among all; ended, the
         share of captions that ended by themselves and were not cut at the longest length.
@@ -478,14 +484,14 @@ class Evaluator:
             return None, []
         nll, shuffled, targets = self.device.sum(*sums)
         by_rank = self.device.gather(own_captions)
-        found = {image: caption for part in by_rank for image, (caption,) in part.items()}
-        texts = [self.split.tokenizer.decode(found[image].ids) for image in self.images]
+        captions = {image: caption for part in by_rank for image, (caption,) in part.items()}
+        texts = [self.split.tokenizer.decode(captions[image].ids) for image in self.images]
         scores = {
             "val_loss": nll / targets,
             "shuffled_loss": shuffled / targets,
             "CIDEr": float(self.cider.score(self.images, texts).mean()),
             "distinct": len(set(texts)) / len(texts),
-            "ended": sum(caption.ended for caption in found.values()) / len(texts),
+            "ended": sum(caption.ended for caption in captions.values()) / len(texts),
         }
         shown = np.linspace(0, len(texts) - 1, min(self.n_samples, len(texts)), dtype=int)
         samples = [f"    {texts[i]}   ⟵ {self.references[self.images[i]][0]}" for i in shown]

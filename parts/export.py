@@ -9,7 +9,7 @@ the card, README.md, has the code that captions an image with them. Needs the ex
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import json
 import sys
 from dataclasses import asdict, dataclass

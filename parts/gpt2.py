@@ -24,7 +24,7 @@ BOS, PAD = "<|bos|>", "<|pad|>"  # GPT-2 itself has an end token only
 class BytePairs:
     """A byte-level BPE, with the methods that data.Tokenizer calls on a sentencepiece model.
 
-    Every text has tokens, so none is unknown: the id of unk is that of pad.
+    It encodes any text, so unk never occurs: its id is pad's.
 
     Args:
         content: the JSON that `read_tokenizer` returns.
@@ -107,7 +107,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 # The weights
 
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # in GPT-2: (in, out)
-# What a GPT2Config may change, and model.py does not.
+# Settings of a GPT2Config that must have their defaults, which model.py builds in.
 FIXED = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
          "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Captions of the nearest training images, and CLIP's judgement of captions.
+"""The nearest training images, and CLIP's embeddings of images and captions, to compare them.
 
 Captions borrowed from neighbours and chosen by consensus are the floor that a captioner has to
 beat (Devlin et al. 2015, arXiv:1505.04467). The same captions re-rank a captioner's own n-best.
@@ -21,23 +21,23 @@ class Neighbours:
     """Finds the training images nearest to an image, by the cosine of their embeddings.
 
     Args:
-        embeddings: (N, P, D) float16, memory-mapped; kept in memory as their means over P.
+        embeddings: (images, n_positions, D) float16, memory-mapped; their means are kept.
         count: how many neighbours an image has.
     """
 
     def __init__(self, embeddings: np.ndarray, count: int):
         self.count = min(count, len(embeddings))
         blocks = (embeddings[i : i + BLOCK] for i in range(0, len(embeddings), BLOCK))
-        self.means = torch.cat([normalized_mean(torch.tensor(block)) for block in blocks])  # (N, D)
+        self.means = torch.cat([normalized_mean(torch.tensor(block)) for block in blocks])
 
     def __call__(self, embeddings: Tensor) -> list[list[int]]:
-        """Return the numbers of the neighbours of each image (B, P, D), nearest first."""
-        similarity = normalized_mean(embeddings.cpu()) @ self.means.T  # (B, N)
+        """Return the neighbours of images (B, n_positions, D), as their numbers, nearest first."""
+        similarity = normalized_mean(embeddings.cpu()) @ self.means.T  # (B, images)
         return similarity.topk(self.count).indices.tolist()
 
 
 def normalized_mean(embeddings: Tensor) -> Tensor:
-    """Return the mean over P of (N, P, D), with length 1."""
+    """Return each image's mean embedding, (B, D), of length 1, from (B, n_positions, D)."""
     return F.normalize(embeddings.float().mean(1), dim=-1)
 
 

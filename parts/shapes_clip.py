@@ -6,7 +6,7 @@ LOG.md says which settings made the CLIP in assets/, and how long each fact take
 """
 
 if __name__ == "__main__":
-    import parts.start  # noqa: F401 - before what takes seconds
+    import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import json
 import math
 import random

@@ -145,7 +145,7 @@ def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rera
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (dict(split="train", method="nearest"), "split `train` lends its captions"),
+        (dict(split="train", method="nearest"), "captions come from split `train`"),
         (dict(rerank="consensus"), "rerank: does nothing without --n_best=2 or more"),
         (dict(rerank_weight=1.0), "rerank_weight: does nothing without --rerank"),
         (dict(neighbours=3), "neighbours: does nothing without"),
