@@ -160,12 +160,7 @@ def as_gpt2(model):
     )  # fmt: skip
     weights = model.state_dict()
     for name, value in gpt2.state_dict().items():
-        if name.endswith(TRANSPOSED):
-            value.copy_(weights[name].T)
-        elif name in weights:
-            value.copy_(weights[name])
-        else:
-            assert name.endswith(".bias"), name
-            value.zero_()
+        own = weights.get(name, torch.zeros_like(value))  # all weights are there, biases may not be
+        value.copy_(own.T if name.endswith(TRANSPOSED) else own)
     weight = model.lm_head.weight
     return gpt2.to(weight.device, weight.dtype).train(model.training)
