@@ -65,7 +65,7 @@ class SampleConfig(Decoding):
     # -- output ---------------------------------------------------------------------------
     out_json: str = ""  # empty: <the checkpoint's folder>/<split>/predictions.json
     out_csv: str = ""  # empty: the same with .csv
-    gallery: bool = False  # write a page next to out_json: gallery.html, or of out_json's own name
+    gallery: bool = False  # write a page: gallery.html, or next to out_json and named like it
     attention: bool = False  # keep, for the gallery, how each token attends to the prefix
     # -- run ------------------------------------------------------------------------------
     batch_size: int = 64  # images decoded at a time
@@ -121,20 +121,24 @@ def main(cfg: SampleConfig) -> dict:
     for path in (cfg.out_json, cfg.out_csv):
         if path.endswith("/") or os.path.isdir(path):
             raise UserError(f"{path} is a folder: give the name of a file")
-    if cfg.split and not cfg.out_json:
+    page = Path("gallery.html")
+    if cfg.out_json:
+        page = Path(cfg.out_json).with_suffix(".html")
+    elif cfg.split:
         out = Path(cfg.ckpt).parent / cfg.split / "predictions.json"
+        page = out.with_name("gallery.html")
         cfg = replace(cfg, out_json=str(out))
     if cfg.out_json and not cfg.out_csv:
         cfg = replace(cfg, out_csv=str(Path(cfg.out_json).with_suffix(".csv")))
     if cfg.out_json and os.path.abspath(cfg.out_json) == os.path.abspath(cfg.out_csv):
         raise UserError(f"out_json and out_csv are both {cfg.out_csv}: give two names")
     with contextlib.ExitStack() as stack:
-        for path in filter(None, (cfg.out_json, cfg.out_csv)):
+        for path in filter(None, (cfg.out_json, cfg.out_csv, cfg.gallery and page)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
-        return caption_and_score(cfg)
+        return caption_and_score(cfg, page)
 
 
-def caption_and_score(cfg: SampleConfig) -> dict:
+def caption_and_score(cfg: SampleConfig, page: Path) -> dict:
     """Caption and score, while `main` holds the locks of the output files."""
     tracker = Tracker(cfg.track, None, Path(cfg.ckpt).parent)
     captioner = Captioner(cfg)
@@ -167,9 +171,6 @@ def caption_and_score(cfg: SampleConfig) -> dict:
             print(f"wrote {path}")
     results.finish()
     if cfg.gallery and predictions:
-        page = Path(cfg.out_json).parent / "gallery.html"
-        if Path(cfg.out_json).stem not in ("", "predictions"):  # two may share the folder
-            page = page.with_name(f"{Path(cfg.out_json).stem}.html")
         title = f"{captioner.meta.dataset} {cfg.split}".strip()
         missing = gallery.write(predictions, page, title=title)
         print(f"wrote {page}")
@@ -230,6 +231,7 @@ class Captioner:
             embeddings = self.split("train").embeddings
             if cfg.rerank != "consensus":
                 self.neighbours = Neighbours(embeddings, cfg.neighbours)
+        self.clip = None
         if cfg.rerank == "clip" or cfg.clip_score:
             self.clip = ImageText(self.meta, cfg.clip, self.device.torch_device)
 
@@ -272,6 +274,8 @@ class Captioner:
         settings["ckpt"] = sha256(Path(self.cfg.ckpt))
         settings["device"] = str(self.device.torch_device)
         settings["dtype"] = str(self.device.dtype)
+        if self.clip:
+            settings["clip"] = self.clip.encoder.digest()
         return settings
 
     def caption(self, embeddings: torch.Tensor, items: list[dict]) -> list[dict]:

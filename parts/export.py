@@ -3,16 +3,17 @@
     python -m parts.export out/coco/ckpt.pt --to=FOLDER           # for sample.py --ckpt FOLDER
     python -m parts.export out/coco/ckpt.pt --to=FOLDER --gpt2    # for transformers alone
 
-With --gpt2, the decoder is a GPT-2 that transformers opens, prefix.safetensors is the mapper, and
-the card, README.md, has the code that captions an image with them. Needs the extras: pip install
--r requirements-clip.txt
+Run it in the repository's folder. With --gpt2, the decoder is a GPT-2 that transformers opens,
+prefix.safetensors is the mapper, and the card, README.md, has the code that captions an image with
+them. An encoder that is a folder is copied. Needs the extras: pip install -r requirements-clip.txt
 """
 
 if __name__ == "__main__":
     import parts.start  # noqa: F401 - before the slow imports, during which Ctrl-C is quiet
 import json
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configurator import Config, configure, from_dict
@@ -50,6 +51,10 @@ def main(cfg: ExportConfig) -> None:
     if cfg.gpt2:
         write_gpt2(folder, model, tokenizer, longest)
         (folder / "prefix.safetensors").write_bytes(save(model.mapper.state_dict()))
+        encoder = Path(or_shipped(meta.encoder))
+        if encoder.is_dir():
+            shutil.copytree(encoder, folder / "encoder")
+            meta = replace(meta, encoder="./encoder")
         usage = gpt2_usage(model, meta)
     else:
         weights = model.state_dict()
@@ -61,7 +66,7 @@ def main(cfg: ExportConfig) -> None:
         kept["sha256"] = {path.name: sha256(path) for path in folder.iterdir()}
         write_text(folder / "config.json", json.dumps(kept, indent=1))
         images = "--image photo.jpg" if meta.encoder else "--split val"
-        usage = f"```sh\npython sample.py --ckpt {folder} {images}\n```"
+        usage = f"```sh\npython sample.py --ckpt {folder.name} {images}\n```"
     write_text(folder / "README.md", card(model, meta, content, usage, longest) + "\n")
     print(f"wrote {folder}/")
 

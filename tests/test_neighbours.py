@@ -245,6 +245,8 @@ def test_clip_scores_and_reranks_the_captions_of_sample(
     assert ranked["CLIPScore"] > plain["CLIPScore"] + 0.1
     for p in json.loads(Path("ranked.json").read_text()):
         assert p["scores"].keys() == {"bleu", "rouge_l", "cider", "CLIPScore", "RefCLIPScore"}
+    signature = sample.Captioner(cfg).signature()  # an interrupted run's captions were judged by
+    assert signature["clip"] == Encoder(SHAPES_CLIP).digest()  # the same CLIP, or begin anew
     files = replace(cfg, split="", image=("photos/41.png",), out_json="files.json")
     line = sample.main(files)
     (p,) = json.loads(Path("files.json").read_text())

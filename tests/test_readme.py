@@ -13,7 +13,7 @@ from helpers import ROOT, finish, many, spawn, tiny_clip
 
 PATH = ROOT / "README.md"
 README = PATH.read_text()
-LONGEST = 30  # words in a sentence
+LONGEST = 25  # words in a sentence
 SMALLER = {  # flags added to the commands, so that they end in seconds
     "prepare.py": ["--shapes_train=64", "--shapes_eval=16"],
     "train.py": ["--max_iters=12", "--batch_size=8", "--eval_images=8", "--device=cpu"],

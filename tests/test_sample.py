@@ -99,10 +99,13 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_files(trained):
 def test_two_galleries_of_a_folder_have_a_page_each(trained, no_java):
     """Both were called gallery.html, and the first was lost."""
     cfg = SampleConfig(ckpt="out/tiny/ckpt.pt", gallery=True, device="cpu")
-    for out in ("", "g/1.json", "g/2.json"):
+    for out in ("", "g/1.json", "g/predictions.json", "g/gallery.json"):
         sample.main(replace(cfg, out_json=out))
-    assert sorted(p.name for p in Path("g").glob("*.html")) == ["1.html", "2.html"]
+    pages = sorted(p.name for p in Path("g").glob("*.html"))
+    assert pages == ["1.html", "gallery.html", "predictions.html"]
     assert Path("out/tiny/val/gallery.html").is_file()
+    with owning(Path("g/1.html.lock"), "another"), pytest.raises(UserError, match="another"):
+        sample.main(replace(cfg, out_json="g/1.json"))
 
 
 def test_other_settings_do_not_go_on_from_anothers_captions(trained):
