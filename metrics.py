@@ -417,7 +417,7 @@ def evaluate(
     """
     tokens = options["tokens"]
     options["meteor"] = java_missing(tokens) is None
-    if tokens == "words" and lack_spaces(hypotheses.values()):
+    if tokens == "words" and tokenizer_for([hypotheses.values()]) is characters:
         print("captions in a script without spaces are one token each: set --tokens=characters")
     corpus, per_image = score(hypotheses, references, **options)
     (captions,) = token_strings([hypotheses.values()], tokens=tokens)
@@ -611,14 +611,11 @@ def tokenize(caption: str) -> list[str]:
 SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
-def lack_spaces(captions: Iterable[str]) -> bool:
-    """Return whether most captions are in a script without spaces between words."""
-    return bool(np.mean([bool(SPACELESS.search(caption)) for caption in captions]) > 0.5)
-
-
-def tokenizer_for(references: Iterable[Sequence[str]]):
-    """Return `characters` for groups of captions without spaces, else `tokenize`."""
-    return characters if lack_spaces(itertools.chain.from_iterable(references)) else tokenize
+def tokenizer_for(groups: Iterable[Iterable[str]]):
+    """Return `characters` if most captions are in a script without spaces, else `tokenize`."""
+    captions = itertools.chain.from_iterable(groups)
+    spaceless = np.mean([bool(SPACELESS.search(caption)) for caption in captions])
+    return characters if spaceless > 0.5 else tokenize
 
 
 def characters(caption: str) -> list[str]:
