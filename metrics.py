@@ -243,7 +243,7 @@ BAD_ENDINGS = frozenset(
 )
 
 
-def diversity(captions: Sequence[str], training: Sequence[str] = ()) -> dict[str, float | None]:
+def diversity(captions: Sequence[str], training: Iterable[str] = ()) -> dict[str, float | None]:
     """Return how varied captions are (van Miltenburg et al. 2018, aclanthology.org/C18-1147).
 
     distinct      share of different captions
@@ -381,11 +381,10 @@ def score(
         corpus.append(aggregate)
         columns.append(meteors)
 
-    def named(row: Iterable) -> dict[str, float]:
-        return dict(zip(NAMES, map(float, row), strict=False))  # METEOR, the last, may be absent
-
-    per_image = map(named, zip(*columns, strict=True))
-    return dict.fromkeys(NAMES) | named(corpus), dict(zip(hypotheses, per_image, strict=True))
+    table = np.array([corpus, *zip(*columns, strict=True)], float).tolist()
+    # METEOR, the last name, may have no column
+    named, *per_image = [dict(zip(NAMES, row, strict=False)) for row in table]
+    return dict.fromkeys(NAMES) | named, dict(zip(hypotheses, per_image, strict=True))
 
 
 def signature(
@@ -421,10 +420,9 @@ def evaluate(
         print("captions in a script without spaces are one token each: set --tokens=characters")
     corpus, per_image = score(hypotheses, references, **options)
     (captions,) = token_strings([hypotheses.values()], tokens=tokens)
-    known = list(itertools.chain.from_iterable(training))
-    line = {"diversity": diversity(captions, known)}
-    line["signature"] = signature(hypotheses, references, **options)
-    return corpus | line, per_image
+    varied = diversity(captions, itertools.chain.from_iterable(training))
+    how = signature(hypotheses, references, **options)
+    return corpus | {"diversity": varied, "signature": how}, per_image
 
 
 # ---------------------------------------------------------------------------------------------
