@@ -50,38 +50,35 @@ class Tracker:
 
     def start(self, settings: dict | None, id_file: Path, name: str, resume: bool) -> None:
         self.client = self.mlflow.MlflowClient()
-        if settings is None:
-            self.run_id = self.recorded(id_file)
-            return
-        if resume and id_file.is_file():
-            run_id = self.recorded(id_file)
-            self.client.update_run(run_id, "RUNNING")
-        else:
-            title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
-            known = self.client.get_experiment_by_name(title)
-            if known and known.lifecycle_stage == "deleted":
-                restore = f"restore it (mlflow experiments restore -x {known.experiment_id})"
-                choose = "choose another name with MLFLOW_EXPERIMENT_NAME"
-                raise UserError(
-                    f"tracking: experiment {title} was deleted in MLflow: {restore}, or {choose}"
-                )
-            experiment = self.mlflow.set_experiment(title).experiment_id
-            run_id = self.client.create_run(experiment, run_name=name).info.run_id
-            params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
-            self.client.log_batch(run_id, params=params)
-            write_text(id_file, run_id + "\n")
-        atexit.register(self.close, "FAILED")  # if an error ends the script before `close`
-        self.run_id = run_id  # only now is there a run to send to
-
-    def recorded(self, id_file: Path) -> str:
-        """Return the id of the run that the file names. Raise UserError if there is none."""
+        trains = settings is not None
+        if trains and not (resume and id_file.is_file()):
+            self.create(settings, id_file, name)
         if not id_file.is_file():
             raise UserError(f"{id_file} not found: train with --track=mlflow first")
         run_id = id_file.read_text(encoding="utf-8").strip()
         if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
             restore = f"restore it (mlflow runs restore --run-id {run_id}), or delete {id_file}"
             raise UserError(f"tracking: this run was deleted in MLflow: {restore}")
-        return run_id
+        if trains:
+            self.client.update_run(run_id, "RUNNING")
+            atexit.register(self.close, "FAILED")  # if an error ends the script before `close`
+        self.run_id = run_id  # only now is there a run to send to
+
+    def create(self, settings: dict, id_file: Path, name: str) -> None:
+        """Make a run of these settings, and write its id to the file."""
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocaption")
+        known = self.client.get_experiment_by_name(title)
+        if known and known.lifecycle_stage == "deleted":
+            restore = f"restore it (mlflow experiments restore -x {known.experiment_id})"
+            choose = "choose another name with MLFLOW_EXPERIMENT_NAME"
+            raise UserError(
+                f"tracking: experiment {title} was deleted in MLflow: {restore}, or {choose}"
+            )
+        experiment = self.mlflow.set_experiment(title).experiment_id
+        run_id = self.client.create_run(experiment, run_name=name).info.run_id
+        params = [self.mlflow.entities.Param(key, str(x)) for key, x in settings.items()]
+        self.client.log_batch(run_id, params=params)
+        write_text(id_file, run_id + "\n")
 
     def attempt(self, call, *args) -> None:
         """Call a function that needs MLflow. Report the first failure, and ignore the others."""
