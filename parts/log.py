@@ -40,7 +40,10 @@ class Log:
     def line(self, step: int, loss: float, norm: float, lr: float) -> None:
         """Log a step's figures, and the speed since the last line."""
         seconds = time.perf_counter() - self.begin
-        flops = training_flops(self.model, self.counts["images"], self.counts["targets"])
+        images = self.counts.pop("images")
+        captions = self.counts.pop("captions")
+        targets = self.counts.pop("targets")
+        flops = training_flops(self.model, images, targets)
         # A run that beats the peak shows that the machine was busy when the peak was measured.
         self.peak = max(self.peak, flops / seconds)
         row = {
@@ -49,24 +52,19 @@ class Log:
             "grad_norm": norm,
             "lr": lr,
             "ms_per_step": 1e3 * seconds / self.steps,
-            "captions_per_s": self.counts["captions"] / seconds,
-            "tokens_per_s": self.counts["targets"] / seconds,
+            "captions_per_s": captions / seconds,
+            "tokens_per_s": targets / seconds,
             "mfu": flops / seconds / self.peak,
             "waiting": self.waited / seconds,
         }
-        # Self-critical training counts more: sums over its sampled captions.
-        more = {
-            name: total / self.counts["captions"]
-            for name, total in self.counts.items()
-            if name not in ("images", "captions", "targets")
-        }
+        # What self-critical training counts besides: sums over its sampled captions.
+        more = {name: total / captions for name, total in self.counts.items()}
         self.write(row | more)
         text = "".join(f"{name} {value:.3f} · " for name, value in more.items())
         text += (
-            f"loss {loss:.3f} · norm {norm:.2f} · lr {lr:.1e} · {row['ms_per_step']:.0f} ms · "
-            f"{row['captions_per_s']:.0f} captions/s · {row['tokens_per_s']:.0f} tokens/s · "
-            f"MFU {row['mfu']:.0%}"
-        )
+            "loss {loss:.3f} · norm {grad_norm:.2f} · lr {lr:.1e} · {ms_per_step:.0f} ms · "
+            "{captions_per_s:.0f} captions/s · {tokens_per_s:.0f} tokens/s · MFU {mfu:.0%}"
+        ).format(**row)
         if self.bar.disable:
             self.say(f"step {step}: {text}")
         else:
@@ -78,8 +76,7 @@ class Log:
         self.peak = max(self.peak, self.device.matmul_rate(2) * self.device.world)
         self.write({"step": step, **scores, "samples": samples})
         figures = " · ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        for line in (f"step {step}: {figures}", *samples):
-            self.say(line)
+        self.say("\n".join([f"step {step}: {figures}", *samples]))
 
     def write(self, row: dict) -> None:
         if self.device.is_first:
