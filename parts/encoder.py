@@ -211,7 +211,11 @@ class Encoder:
             raise UserError("clip: expected a model's name or folder, got nothing")
         folder, what = or_shipped(name), f"clip={name}"
         if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
-            raise UserError(f"clip={name}: no such folder; give its place with --clip=FOLDER")
+            raise UserError(f"{what}: no such folder; give its place with --clip=FOLDER")
+        self.name = name
+        self.features = features
+        self.grid = grid
+        self.device = torch.device(device)
         with loading(what):
             import transformers
 
@@ -220,33 +224,26 @@ class Encoder:
             model_type = transformers.AutoConfig.from_pretrained(folder).model_type
             self.kind = model_type.removesuffix("_vision_model")
             if self.kind not in TOWERS:
-                raise UserError(f"clip={name} is a {model_type} model; CLIP or SigLIP is needed")
-            model = load_model(name, TOWERS[self.kind], what)
+                raise UserError(f"{what} is a {model_type} model; CLIP or SigLIP is needed")
+            self.model = load_model(name, TOWERS[self.kind], what).to(self.device)
             if text:
-                self.text_model = load_model(name, TEXT_TOWERS[self.kind], what).to(device)
+                self.text_model = load_model(name, TEXT_TOWERS[self.kind], what).to(self.device)
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
                 # without its files, transformers makes a tokenizer that knows no word
                 if len(self.tokenizer) < self.text_model.config.vocab_size // 2:
-                    raise UserError(f"clip={name} lacks its tokenizer: add its files")
+                    raise UserError(f"{what} lacks its tokenizer: add its files")
 
-        self.name = name
-        self.features = features
-        self.grid = grid
-        self.device = torch.device(device)
-        self.processor = processor
-        self.model = model.to(self.device)
-        self.tower = getattr(model, "vision_model", model)
-        self.has_class = self.kind == "clip"  # a class token, and a projection
-        config = model.config
+        config = self.model.config
         self.side = config.image_size // config.patch_size
         if grid > self.side:
             raise UserError(f"grid={grid}: {name} has only {self.side} x {self.side} patches")
-        self.embedding_dim = config.hidden_size
+        self.has_class = self.kind == "clip"  # a class token, and a projection
         self.n_positions = self.has_class + (grid or self.side) ** 2
+        self.embedding_dim = config.hidden_size
         if features == "pooled":
             self.n_positions = 1
-            if self.has_class:
-                self.embedding_dim = config.projection_dim
+            self.embedding_dim = getattr(config, "projection_dim", config.hidden_size)
+        self.processor = processor
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         normal = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in normal)
@@ -283,15 +280,14 @@ class Encoder:
             return torch.empty(0, self.n_positions, self.embedding_dim, dtype=torch.float16)
         pixels = (pixels.to(self.device, non_blocking=True) - self.mean) / self.std
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
-            out = self.tower(pixel_values=pixels)
+            out = self.model(pixel_values=pixels)
             if self.features == "pooled":
-                x = out.pooler_output
                 if self.has_class:
-                    x = self.model.visual_projection(x)
-                return x[:, None].half()
+                    return out.image_embeds[:, None].half()
+                return out.pooler_output[:, None].half()
             x = out.last_hidden_state
             if self.has_class:
-                x = self.tower.post_layernorm(x)
+                x = self.model.vision_model.post_layernorm(x)
             if self.grid:
                 first = x[:, : self.has_class]
                 patches = x[:, self.has_class :].transpose(1, 2)
