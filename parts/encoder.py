@@ -159,6 +159,7 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
 # The model
 
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+OUTPUTS = {"clip": "image_embeds", "siglip": "pooler_output"}  # of the towers, (B, D)
 TEXT_TOWERS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
 
 
@@ -282,9 +283,7 @@ class Encoder:
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             out = self.model(pixel_values=pixels)
             if self.features == "pooled":
-                if self.has_class:
-                    return out.image_embeds[:, None].half()
-                return out.pooler_output[:, None].half()
+                return getattr(out, OUTPUTS[self.kind])[:, None].half()
             x = out.last_hidden_state
             if self.has_class:
                 x = self.model.vision_model.post_layernorm(x)

@@ -22,7 +22,7 @@ from decode import default_max_len, load_captioner
 from metrics import VERSION
 from model import ClipLM
 from parts.common import UserError, extras, or_shipped, run, sha256, write_text
-from parts.encoder import TOWERS
+from parts.encoder import OUTPUTS, TOWERS
 from parts.gpt2 import as_gpt2, save_tokenizer
 
 
@@ -88,8 +88,6 @@ def write_gpt2(folder: Path, model: ClipLM, tokenizer, longest: int) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # The card
-
-OUTPUTS = {"clip": "image_embeds", "siglip": "pooler_output"}  # of the towers
 
 
 def template(name: str) -> str:
