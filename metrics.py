@@ -24,7 +24,7 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,27 +132,27 @@ class CiderD:
 
     `end_token` counts the end as a word, so that a reward sees "a dog with a" break off. If given,
     the frequencies are those of another CiderD, `document_frequencies`. With `tokenize=str.split`,
-    captions are strings of tokens. Raise UserError if an image has no references, ValueError if
-    only one of the two CiderDs counts the end.
+    captions are strings of tokens; by default, `tokenizer_for` tells how to tokenize them. Raise
+    UserError if an image has no references, ValueError if only one of the two CiderDs counts the
+    end.
     """
 
     def __init__(
         self, references: Sequence[Sequence[str]], end_token: bool = False,
-        document_frequencies: "CiderD | None" = None,
-        tokenize=lambda caption: tokenize(caption),  # by the function at the end of this file
+        document_frequencies: "CiderD | None" = None, tokenize: Callable | None = None,
     ):  # fmt: skip
-        self.tokenize = tokenize
         self.end = [END] * end_token
         self.counts = np.array([len(group) for group in references], np.int64)  # (images,)
         if not len(references):
             raise UserError("CIDEr-D: there are no references")
         if not self.counts.all():
             raise UserError(f"CIDEr-D: image {self.counts.argmin()} has no references: add some")
+        self.tokenize = tokenize or tokenizer_for(references)
         n_images = len(references)
         most = self.counts.max()  # references of an image
         image = np.repeat(np.arange(n_images), self.counts)  # of each caption
         slot = np.concatenate([np.arange(n) for n in self.counts])  # of a caption in its image
-        words = [[*tokenize(caption), *self.end] for group in references for caption in group]
+        words = [[*self.tokenize(c), *self.end] for group in references for c in group]
         self.lengths = np.zeros((n_images, most))  # at least 1: the toolkit counts bigrams
         self.lengths[image, slot] = [max(1, len(w)) for w in words]
 

@@ -485,6 +485,7 @@ def test_scripts_without_spaces_are_scored_by_characters(tmp_path, capfd, no_jav
     assert metrics.characters("一只 Dog, หมา。") == [*"一只dogหมา"]
     assert metrics.tokenizer_for([CHINESE[:2], CHINESE[2:], ["a dog"]]) is metrics.characters
     assert metrics.tokenizer_for(REFS.values()) is metrics.tokenize
+    assert metrics.CiderD([CHINESE[:2]]).tokenize is metrics.characters
     spaced = [SCRIPTS[s][0] for s in ("hindi", "korean", "arabic", "russian")]
     assert metrics.tokenizer_for([spaced]) is metrics.tokenize
     for script in ("chinese", "japanese", "thai"):
