@@ -27,7 +27,7 @@ import torch
 
 from data import Order, Split, deal, pack_rows
 from decode import Caption, Decoding, default_max_len, generate
-from metrics import VERSION, CiderD, tokenizer_for
+from metrics import VERSION, CiderD
 from model import ClipLM
 from parts.device import Device
 
@@ -47,8 +47,7 @@ class SelfCritical:
         room = model.cfg.block_size - model.cfg.prefix_length - 1
         self.max_len = min(default_max_len(model.cfg, split.meta.longest_caption), room)
         _, references = split.references()
-        split_text = tokenizer_for(references)
-        self.cider = CiderD(references, end_token=True, tokenize=split_text)
+        self.cider = CiderD(references, end_token=True)
 
     def batches(self, order: Order, steps: range) -> Iterator[tuple[list[dict], dict]]:
         """Yield, for each step, this rank's micro-batches and the counts of the whole batch.
