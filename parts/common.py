@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -268,12 +269,10 @@ def prefetch(function: Callable, items: Iterable, threads: int = 1) -> Iterator:
         return
     with ThreadPoolExecutor(threads, "prefetch") as pool:
         try:
-            results: deque = deque()
-            for item in items:
-                results.append(pool.submit(function, item))
-                if len(results) > 2 + 2 * threads:
-                    yield results.popleft().result()
-            while results:
-                yield results.popleft().result()
+            results = (pool.submit(function, item) for item in items)
+            waiting = deque(itertools.islice(results, 2 + 2 * threads))
+            while waiting:
+                waiting.extend(itertools.islice(results, 1))
+                yield waiting.popleft().result()
         finally:  # after an error, or when nobody asks for more
             pool.shutdown(cancel_futures=True)
