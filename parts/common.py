@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import os
@@ -29,37 +30,27 @@ class UserError(Exception):
         return printable(super().__str__())
 
 
-class Output:
-    """stdout or stderr, but printing raises nothing: a run that cannot print must still save.
+class Output(io.FileIO):
+    """The file under stdout or stderr. Writing raises nothing: a run that cannot print must still
+    save. What cannot be written is dropped, and `error` says why."""
 
-    What cannot be written is dropped, and `error` says why, unless a reader left, as `| head`
-    does, or a terminal was closed. What cannot be encoded is escaped.
-    """
+    error: OSError | None = None
 
-    def __init__(self, stream):
-        # None: it was closed when the script began.
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-        self.stream.reconfigure(errors="backslashreplace")
-        self.error: OSError | None = None
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self.attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call, *args) -> None:
+    def write(self, data) -> int:
         try:
-            call(*args)
+            return os.write(self.fileno(), data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                self.error = error
-            # What the buffer still holds, and all that follows, goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.error = error
+            return len(data)
+
+
+def unfailing(stream) -> io.TextIOWrapper:
+    """Return a stream to the same file, or to nowhere if it was closed when the script began. What
+    its encoding lacks is escaped."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115
+    file = Output(os.dup(stream.fileno()), "w")
+    buffer = io.BufferedWriter(file)
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 def run(main: Callable, *args) -> None:
@@ -67,10 +58,10 @@ def run(main: Callable, *args) -> None:
 
     A user's mistake, a full disk, a file that cannot be opened or output that was lost prints one
     line and exits with status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its
-    traceback.
+    traceback. Output is not lost if its reader left, as `| head` does, or a terminal was closed.
     """
-    out = sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+    sys.stdout = unfailing(sys.stdout)
+    sys.stderr = unfailing(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # parts.start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     line, status = "", 0
@@ -87,9 +78,10 @@ def run(main: Callable, *args) -> None:
             raise  # only a write to a full disk does not name its file
         prefix = "" if error.filename is None else f"{error.filename}: "
         line, status = UserError(f"{prefix}{error.strerror}"), 1
-    out.flush()
-    if out.error and not status:
-        line, status = f"the output was lost: {out.error.strerror}", 1
+    sys.stdout.flush()
+    lost = sys.stdout.buffer.raw.error
+    if lost and lost.errno not in (errno.EPIPE, errno.EIO) and not status:
+        line, status = f"the output was lost: {lost.strerror}", 1
     if line:
         print(line, file=sys.stderr)
     if status:

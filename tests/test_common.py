@@ -93,7 +93,7 @@ def test_a_file_system_without_locks_is_used_without_them(monkeypatch):
 
 
 @pytest.fixture
-def run_to(monkeypatch, capsys):
+def run_to(monkeypatch, capfd):
     """A call that runs `main` with its stdout in a stream. Returns exit status and stderr."""
 
     def call(stream, main) -> tuple[int, str]:
@@ -105,7 +105,7 @@ def run_to(monkeypatch, capsys):
                 run(main)
             except SystemExit as stop:
                 status = stop.code
-        return status, capsys.readouterr().err
+        return status, capfd.readouterr().err
 
     return call
 

@@ -612,14 +612,14 @@ def test_checkpoint_settings_refused(d, line):
         (SystemExit(7), 7, None),
     ],
 )
-def test_run_turns_a_users_trouble_into_a_line(capsys, error, status, line):
+def test_run_turns_a_users_trouble_into_a_line(capfd, error, status, line):
     def main(error):
         raise error
 
     with pytest.raises(SystemExit) as stop:
         run(main, error)
     assert stop.value.code == status
-    assert capsys.readouterr().err == (f"{line}\n" if line else "")
+    assert capfd.readouterr().err == (f"{line}\n" if line else "")
 
 
 @pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), OSError("x"), RuntimeError("x")])
