@@ -98,20 +98,16 @@ class Device:
 
     def on_first(self, work):
         """Return what `work()` returns on rank 0, on every rank. If it raises, all exit."""
-        result, error = None, None
-        if self.is_first:
-            try:
-                result = work()
-            except (UserError, OSError) as problem:
-                error = problem
-        if self.world > 1:
-            message = [result, error is not None]
-            dist.broadcast_object_list(message, 0, self.patient)
-            result, failed = message
-            if failed and not self.is_first:
-                raise SystemExit(1)  # rank 0 says why
-        if error:
-            raise error
+        outcome = [False, None]  # whether it succeeded, and what it returned
+        try:
+            if self.is_first:
+                outcome = [True, work()]
+        finally:  # the others are told before rank 0 raises
+            if self.world > 1:
+                dist.broadcast_object_list(outcome, 0, self.patient)
+        succeeded, result = outcome
+        if not succeeded:
+            raise SystemExit(1)  # rank 0 says why
         return result
 
     @contextlib.contextmanager
