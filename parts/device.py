@@ -69,12 +69,10 @@ class Device:
 
     def put(self, tensors: dict) -> dict:
         """Copy tensors to the device; from pinned memory, so that the copy overlaps the step."""
-        if self.type != "cuda":
-            return {name: tensor.to(self.torch_device) for name, tensor in tensors.items()}
-        return {
-            name: tensor.pin_memory().to(self.torch_device, non_blocking=True)
-            for name, tensor in tensors.items()
-        }
+        is_cuda = self.type == "cuda"
+        if is_cuda:
+            tensors = {name: x.pin_memory() for name, x in tensors.items()}
+        return {name: x.to(self.torch_device, non_blocking=is_cuda) for name, x in tensors.items()}
 
     # -- all processes together ---------------------------------------------------------------
 
