@@ -237,7 +237,7 @@ def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict, 
             raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
         files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
         encode_missing(splits, files, encoder, cfg, device)
-        device.meet()
+        device.gather(None)  # wait until all are done
     if not device.is_first:
         return {}, {}, {}
     bad = bad or list_bad(splits, files)

@@ -88,10 +88,10 @@ class Device:
         return self.sum(flag)[0] > 0
 
     def gather(self, item) -> list:
-        """Return every process's item, by rank."""
+        """Return every process's item, by rank, once all processes are here."""
         items = [item] * self.world
         if self.world > 1:
-            dist.all_gather_object(items, item)
+            dist.all_gather_object(items, item, self.patient)
         return items
 
     def on_first(self, work):
@@ -114,11 +114,6 @@ class Device:
         with contextlib.ExitStack() as stack:
             self.on_first(lambda: stack.enter_context(owning(path, what)))
             yield
-
-    def meet(self) -> None:
-        """Wait until all processes are here."""
-        if self.world > 1:
-            dist.barrier(self.patient)
 
     # -- random states, so that a resumed run draws the same numbers --------------------------
 
