@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure
-from parts.common import UserError, read_log, run
+from parts.common import UserError, extras, read_log, run
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ def draw(runs: dict[str, list[dict]]):
 
     Raise UserError if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install -r requirements-plot.txt") from None
+    extras("matplotlib", file="requirements-plot.txt")
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 2).flat, strict=True))
     for title, panel in panels.items():

@@ -88,14 +88,14 @@ def run(main: Callable, *args) -> None:
         raise SystemExit(status)
 
 
-def extras(*packages: str) -> None:
-    """Raise UserError if a package is missing; by default one that an encoder needs."""
+def extras(*packages: str, file: str = "requirements-clip.txt") -> None:
+    """Raise UserError if a package of a requirements file is missing; by default one that an
+    encoder needs."""
     try:
         for package in packages or ("PIL", "transformers"):  # the processor needs PIL
             importlib.import_module(package)
     except ImportError as error:
-        need = "pip install -r requirements-clip.txt"
-        raise UserError(f"{error.name} is missing: {need}") from None
+        raise UserError(f"{error.name} is missing: pip install -r {file}") from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from parts.common import UserError, write_text
+from parts.common import UserError, extras, write_text
 
 
 class Tracker:
@@ -38,12 +38,10 @@ class Tracker:
         # By default, MLflow tries for minutes to reach a server that is down.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        try:
-            import mlflow
-            from sqlalchemy.exc import SQLAlchemyError
-        except ImportError as error:
-            install = "pip install -r requirements-mlflow.txt"
-            raise UserError(f"{error.name} is missing: {install}") from None
+        extras("mlflow", "sqlalchemy", file="requirements-mlflow.txt")
+        import mlflow
+        from sqlalchemy.exc import SQLAlchemyError
+
         self.mlflow = mlflow
         self.errors = (mlflow.MlflowException, SQLAlchemyError, OSError)  # OSError: the network
         self.attempt(self.start, settings, run_dir / "mlflow_run", name, resume)
