@@ -463,8 +463,7 @@ class Evaluator:
         n = min(cfg.eval_images or len(split), len(split))
         self.images = np.linspace(0, len(split) - 1, n, dtype=np.int64)  # the same every time
         _, self.references = split.references()
-        split_text = metrics.tokenizer_for(self.references)
-        self.cider = metrics.CiderD(self.references, tokenize=split_text)  # of the whole split
+        self.cider = metrics.CiderD(self.references)  # of the whole split
         self.n_samples = cfg.samples
 
     @torch.inference_mode()

@@ -76,8 +76,8 @@ def run(main: Callable, *args) -> None:
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # only a write to a full disk does not name its file
-        prefix = "" if error.filename is None else f"{error.filename}: "
-        line, status = UserError(f"{prefix}{error.strerror}"), 1
+        name = "" if error.filename is None else f"{error.filename}: "
+        line, status = UserError(f"{name}{error.strerror}"), 1
     sys.stdout.flush()
     lost = sys.stdout.buffer.raw.error
     if lost and lost.errno not in (errno.EPIPE, errno.EIO) and not status:
