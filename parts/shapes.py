@@ -9,6 +9,7 @@ fact; its words and their order vary. Four colour-shape pairs (`NOVEL`) occur in
 neither the captioner's nor CLIP's.
 """
 
+import cmath
 import io
 import itertools
 import math
@@ -107,16 +108,16 @@ def make_variant(scene: Scene, rng: random.Random) -> Scene:
         change = rng.choice(changes)
         groups = list(scene.groups)
         i = rng.randrange(len(groups))
-        if change in ("background", "relation"):
-            variant = replace(scene, **{change: rng.choice(VALUES[change])})
+        of_scene = {}
+        if change == "swap":  # the same words, but each is said of the other group
+            name = rng.choice(("colour", "colour", "size", "count"))
+            first, second = (getattr(group, name) for group in groups)
+            groups = [replace(groups[0], **{name: second}), replace(groups[1], **{name: first})]
+        elif change in ("background", "relation"):
+            of_scene[change] = rng.choice(VALUES[change])
         else:
-            if change == "swap":  # the same words, but each is said of the other group
-                name = rng.choice(("colour", "colour", "size", "count"))
-                first, second = (getattr(group, name) for group in groups)
-                groups = [replace(groups[0], **{name: second}), replace(groups[1], **{name: first})]
-            else:
-                groups[i] = replace(groups[i], **{change: rng.choice(VALUES[change])})
-            variant = replace(scene, groups=tuple(groups))
+            groups[i] = replace(groups[i], **{change: rng.choice(VALUES[change])})
+        variant = replace(scene, groups=tuple(groups), **of_scene)
         if variant != scene and variant.is_valid():
             return variant
 
@@ -124,13 +125,12 @@ def make_variant(scene: Scene, rng: random.Random) -> Scene:
 # ---------------------------------------------------------------------------------------------
 # Pictures
 
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-TIP = math.hypot(0.35, 1)  # of a cross: an arm is .7 r wide and r long
-TIP_ANGLE = math.degrees(math.atan2(0.35, 1))
-OUTLINES = {  # degrees after which the corners repeat, and corners as (degrees, radii)
-    "square": (90, [(45, 1.15)]),
-    "triangle": (120, [(-90, 1.2)]),
-    "cross": (90, [(-TIP_ANGLE, TIP), (TIP_ANGLE, TIP), (45, 0.35 * 2**0.5)]),
+SIDE = 96  # pixels of an image's side
+DIRECTIONS = {"left of": -1, "right of": 1, "above": -1j, "below": 1j, None: 0}  # x + iy
+OUTLINES = {  # corners for radius 1, as x + iy; an arm of the cross is .7 wide and 1 long
+    "square": [cmath.rect(1.15, math.pi * i / 4) for i in (1, 3, 5, 7)],
+    "triangle": [cmath.rect(1.2, math.pi * i / 6) for i in (-3, 1, 5)],
+    "cross": [1j**i * corner for i in range(4) for corner in (1 - 0.35j, 1 + 0.35j, 0.35 + 0.35j)],
 }
 Spot = tuple[float, float, float]  # x, y and radius of an object, as shares of the image's side
 
@@ -151,23 +151,20 @@ def place_objects(scene: Scene, rng: random.Random) -> list[Spot]:
 
 def is_clear(first: Spot, second: Spot, relation: str | None) -> bool:
     """Whether two objects are apart, and the first clearly in the relation to the second."""
-    dx = first[0] - second[0]
-    dy = first[1] - second[1]
-    is_apart = math.hypot(dx, dy) >= 1.2 * (first[2] + second[2])
-    if not relation:
-        return is_apart
-    right, down = DIRECTIONS[relation]
-    return is_apart and right * dx + down * dy >= 1.7 * abs(right * dy + down * dx)
+    offset = complex(first[0] - second[0], first[1] - second[1])
+    is_apart = abs(offset) >= 1.2 * (first[2] + second[2])
+    along = offset * DIRECTIONS[relation].conjugate()  # its real part lies in the direction
+    return is_apart and along.real >= 1.7 * abs(along.imag)
 
 
-def render(scene: Scene, rng: random.Random, side: int = 96, spots: list[Spot] | None = None):
-    """Return the scene as a PIL RGB image of `side` x `side` pixels, its objects at `spots`."""
+def render(scene: Scene, rng: random.Random, spots: list[Spot] | None = None):
+    """Return the scene as a PIL RGB image of SIDE x SIDE pixels, its objects at `spots`."""
     from PIL import Image, ImageDraw
 
     def shade(rgb, spread):
         return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in rgb)
 
-    scale = side * 2  # drawn at twice the size and averaged down, so that edges are smooth
+    scale = 2 * SIDE  # drawn at twice the size and averaged down, so that edges are smooth
     background = shade(BACKGROUNDS[scene.background], 10)
     image = Image.new("RGB", (scale, scale), background)
     draw = ImageDraw.Draw(image)
@@ -176,25 +173,14 @@ def render(scene: Scene, rng: random.Random, side: int = 96, spots: list[Spot] |
         x, y, r = (scale * number for number in spot)
         fill = shade(COLOURS[group.colour], 20)
         if group.shape in ("circle", "ring"):
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+            draw.circle((x, y), r, fill)
         else:
-            draw.polygon(corners(group.shape, x, y, r, rng.uniform(-0.12, 0.12)), fill=fill)
+            turned = cmath.rect(r, rng.uniform(-0.12, 0.12))
+            outline = [complex(x, y) + turned * corner for corner in OUTLINES[group.shape]]
+            draw.polygon([(corner.real, corner.imag) for corner in outline], fill)
         if group.shape == "ring":
-            hole = 0.58 * r
-            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
+            draw.circle((x, y), 0.58 * r, background)
     return image.reduce(2)
-
-
-def corners(shape: str, x: float, y: float, r: float, angle: float) -> list[tuple[float, float]]:
-    """Return the corners of a shape of radius `r` around (x, y), turned by `angle` radians."""
-    turn, polar = OUTLINES[shape]
-    points = []
-    for start in range(0, 360, turn):
-        for degrees, distance in polar:
-            turned = math.radians(start + degrees) + angle
-            across = r * distance * math.cos(turned)
-            points.append((x + across, y + r * distance * math.sin(turned)))
-    return points
 
 
 # ---------------------------------------------------------------------------------------------
