@@ -122,11 +122,10 @@ def clip_caption(
     out: those in `unsaid` ("background", "size", "colour"). A caption of shapes alone makes shape a
     direction of its own, not a property of each colour.
     """
-    blank = {name: "" for name in ("size", "colour") if name in unsaid}
+    blank = dict.fromkeys(unsaid, "")
+    background = blank.pop("background", scene.background)
     groups = tuple(replace(group, **blank) for group in scene.groups)
-    partial = replace(scene, groups=groups)
-    if "background" in unsaid:
-        partial = replace(partial, background="")
+    partial = replace(scene, background=background, groups=groups)
     text = shapes.write_caption(partial, rng)
     where = None  # a single object is, as a relation to the middle
     if len(spots) == 1:
@@ -134,8 +133,8 @@ def clip_caption(
         offsets = {"below": y - 0.5, "above": 0.5 - y, "right of": x - 0.5, "left of": 0.5 - x}
         where = max(offsets, key=offsets.get)
         text = f"{shapes.noun_phrase(groups[0], rng)} {shapes.SIDES[where]}"
-        if partial.background:
-            text += f" on a {partial.background} background"
+        if background:
+            text += f" on a {background} background"
     return text, (where, *shapes.scene_facts(partial))
 
 
@@ -159,8 +158,7 @@ def contrast(logits: torch.Tensor, keys: list[tuple]) -> tuple[torch.Tensor, ...
 
     Pairs with equal keys count as each other's positives.
     """
-    numbers: dict[tuple, int] = {}
-    label = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    label = torch.tensor([keys.index(key) for key in keys])
     same = (label[:, None] == label[None, :]).float()  # (B, B)
     target = same / same.sum(1, keepdim=True)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
