@@ -591,8 +591,8 @@ def their_captions(gpt2, model: ClipLM, embeddings, tokenizer, cfg: Decoding) ->
 class Recomputing:
     """The model without a cache: each step is a forward pass over all tokens so far.
 
-    The very same search runs over it: in place of the keys and of the values, both, it hands out
-    the embeddings as `prefix_kv` and the tokens as the cache.
+    The very same search runs over it: in place of one layer's keys and values, it hands out the
+    embeddings and the tokens.
     """
 
     def __init__(self, model: ClipLM):
@@ -600,19 +600,17 @@ class Recomputing:
         self.cfg = model.cfg
 
     def prefill(self, embeddings):
-        return [(embeddings, embeddings)]
+        nothing = embeddings.new_empty(len(embeddings), 0, dtype=torch.long)
+        return [(embeddings, nothing)]
 
     def step(self, tokens, position: int, prefix_kv, cache=None):
-        # As in the model, the cache begins with the prefix if there is no prefix_kv.
-        (embeddings, _), *past = [*(prefix_kv or []), *(cache or [])]
-        tokens = torch.cat([*(pair[0] for pair in past), tokens[:, None]], 1)  # (N, position + 1)
-        N, t = tokens.shape
-        positions = torch.arange(t, device=tokens.device).expand_as(tokens)
-        last = torch.arange(1, N + 1, device=tokens.device) * t - 1
-        repeated = embeddings.repeat_interleave(N // len(embeddings), 0)
-        logits = self.model(repeated, tokens, torch.ones_like(tokens), positions, last)
-        begins = [] if prefix_kv else [(embeddings, embeddings)]
-        return logits, [*begins, (tokens, tokens)]
+        ((embeddings, before),) = cache or prefix_kv
+        tokens = torch.cat((before, tokens[:, None]), 1)  # (N, position + 1)
+        index = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+        positions = index[:1].expand_as(tokens)
+        last = index[:, -1]
+        logits = self.model(embeddings, tokens, torch.ones_like(tokens), positions, last)
+        return logits, [(embeddings, tokens)]
 
 
 def decode(cfg: DecodeBench) -> dict:
@@ -689,11 +687,10 @@ def least_bytes(model: ClipLM, captions: list, how: Decoding, dtype: torch.dtype
     beams = how.beams if how.method == "beam" else 1
     weights = sum(p.numel() for p in model.transformer.parameters())  # the head is wte
     lengths = np.array([len(ids) for ids in captions])
-    numbers = 0
-    for t in range(min(int(lengths.max()) + 1, how.max_len)):
-        images = int((lengths >= t).sum())
-        tokens = images * (cfg.prefix_length + beams * (t + 1))
-        numbers += weights + 2 * cfg.n_layer * cfg.n_embd * tokens
+    steps = np.arange(min(lengths.max() + 1, how.max_len))
+    images = (lengths >= steps[:, None]).sum(1)  # at each step
+    tokens = int(images @ (cfg.prefix_length + beams * (steps + 1)))
+    numbers = len(steps) * weights + 2 * cfg.n_layer * cfg.n_embd * tokens
     return numbers * dtype.itemsize
 
 
