@@ -295,48 +295,37 @@ class Trainee:
 
     def __init__(self, name: str, cfg: Config, turns: int, steps: int):
         keep_freed_memory()  # as train.py does
-        self.way, _, compiled = name.partition(" ")
+        way, _, compiled = name.partition(" ")
         self.device = Device(cfg.device, cfg.dtype)
-        self.split = Split(cfg.data_dir, "train")
+        self.split = split = Split(cfg.data_dir, "train")
         torch.manual_seed(0)
         with self.device.torch_device:  # a GPU draws the weights sooner than a CPU
-            self.model = ClipLM(training.model_config(cfg, self.split.meta))
-        if self.way == "transformers":
+            self.model = ClipLM(training.model_config(cfg, split.meta))
+        self.rows = split.pack
+        if way == "padded":
+            self.rows = partial(separate_rows, split)
+        if way == "transformers":
             self.model = ClipCap(self.model)
+            lengths = np.diff(split.caption_start)
+            width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
+            self.rows = partial(separate_rows, split, width=width)
         if compiled:  # as train.py does
             torch._dynamo.config.recompile_limit = 64  # all cases compile the same function
             backend = "inductor" if self.device.type == "cuda" else "eager"
             for block in self.model.transformer.h:
                 block.compile(dynamic=True, backend=backend)
         self.optimizer = adamw(self.model, self.device, 1e-4)
-        self.order = Order(0, self.split.lengths, cfg.batch_size)
-        self.ready = []
-        for turn in range(turns):
-            numbers = range(turn * steps, (turn + 1) * steps)
-            self.ready.append([self.rows(self.images(step)) for step in numbers])
-
-    def images(self, step: int) -> np.ndarray:
-        """Return the images of a step: of similar length for packed rows, or random ones."""
-        images = self.order.batch(step)
-        if self.way == "ours":
-            return images
-        return np.random.default_rng(step).permutation(len(self.split))[: len(images)]
-
-    def rows(self, images: np.ndarray) -> dict:
-        """Return packed rows of the images, or a row for each of their captions."""
-        split = self.split
-        if self.way == "ours":
-            return split.pack(images)
-        captions = np.concatenate([split.caption_tokens(image) for image in images])
-        width = 0
-        if self.way == "transformers":
-            lengths = np.diff(split.caption_start)
-            width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
-        embeddings = split.embedding(np.repeat(images, split.n_captions[images]))
-        return {"embeddings": embeddings, **pad_rows(captions, split.tokenizer, width)}
+        self.order = Order(0, split.lengths, cfg.batch_size)
+        batches = []
+        for step in range(turns * steps):
+            images = self.order.batch(step)  # of similar length
+            if way != "ours":
+                images = np.random.default_rng(step).permutation(len(split))[: len(images)]
+            batches.append(self.rows(images))
+        self.turns = [batches[i * steps : (i + 1) * steps] for i in range(turns)]
 
     def turn(self, turn: int) -> None:
-        for batch in self.ready[turn]:
+        for batch in self.turns[turn]:
             update(self.model, self.optimizer, batch, self.device)
 
     @torch.no_grad()
@@ -351,8 +340,8 @@ class Trainee:
 
     def flops(self) -> np.ndarray:
         """Return the useful operations of each turn; those of separate examples are as many."""
-        tokens = [sum(len(batch["targets"]) for batch in turn) for turn in self.ready]
-        images = self.order.batch_size * len(self.ready[0])
+        tokens = [sum(len(batch["targets"]) for batch in turn) for turn in self.turns]
+        images = self.order.batch_size * len(self.turns[0])
         return np.array([training_flops(self.model, images, n) for n in tokens])
 
 
@@ -373,6 +362,14 @@ class ClipCap(torch.nn.Module):
         mask = F.pad(segments == 1, (P, 0), value=True)
         logits = self.gpt2(inputs_embeds=inputs, attention_mask=mask).logits[:, P:]
         return logits.flatten(0, 1)  # (N * S, V): targets_at is all of them
+
+
+def separate_rows(split: Split, images: np.ndarray, width: int = 0) -> dict[str, torch.Tensor]:
+    """Return a padded row for each caption of the images, in place of `Split.pack`'s one per
+    image."""
+    captions = np.concatenate([split.caption_tokens(image) for image in images])
+    embeddings = split.embedding(np.repeat(images, split.n_captions[images]))
+    return {"embeddings": embeddings, **pad_rows(captions, split.tokenizer, width)}
 
 
 def pad_rows(captions: np.ndarray, tokenizer, width: int = 0) -> dict[str, torch.Tensor]:
