@@ -23,12 +23,11 @@ import multiprocessing
 import platform
 import re
 import resource
-import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,8 +134,8 @@ def hardware(device: Device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def interleave(device: Device, contestants: dict, turns: int) -> dict[str, list[float]]:
-    """Call each contestant with the number of each turn. Return their seconds at each turn."""
+def interleave(device: Device, contestants: dict, turns: int) -> dict[str, np.ndarray]:
+    """Call each contestant with the number of each turn. Return their seconds (turns,)."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in (0, *range(turns)):  # the first time is not counted
         for name, work in contestants.items():
@@ -145,7 +144,7 @@ def interleave(device: Device, contestants: dict, turns: int) -> dict[str, list[
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: times[1:] for name, times in seconds.items()}
+    return {name: np.array(times[1:]) for name, times in seconds.items()}
 
 
 def attempt(name: str, work: Callable, failed: list[str]):
@@ -162,19 +161,18 @@ def attempt(name: str, work: Callable, failed: list[str]):
     return result
 
 
-def summary(values: Iterable[float]) -> dict[str, float]:
-    values = [float(value) for value in values]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def summary(values) -> dict[str, float]:
+    median, least, most = np.quantile(values, (0.5, 0, 1)).tolist()
+    return {"median": median, "min": least, "max": most}
 
 
-def speeds(case: str, seconds: dict[str, list[float]], items: int) -> list[dict]:
+def speeds(case: str, seconds: dict[str, np.ndarray], items: int) -> list[dict]:
     """Return a row per contestant: its captions or images per second, `items` in a turn, and its
     time divided by ours."""
     rows = []
     for name, times in seconds.items():
-        per_s = summary(items / time_ for time_ in times)
-        ratio = summary(b / a for a, b in zip(seconds["ours"], times, strict=True))
-        rows.append({"case": case, "contestant": name, "per_s": per_s, "times_ours": ratio})
+        row = {"case": case, "contestant": name, "per_s": summary(items / times)}
+        rows.append(row | {"times_ours": summary(times / seconds["ours"])})
     return rows
 
 
@@ -464,8 +462,8 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
     rows = speeds(title, seconds, bench.steps * cfg.batch_size * R)
     for row in rows:
         name = row["contestant"]
-        row["ms_per_step"] = summary(1e3 * time_ / bench.steps for time_ in seconds[name])
-        row["mfu"] = summary(trainees["ours"].flops() / seconds[name] / statistics.median(rates))
+        row["ms_per_step"] = summary(1e3 * seconds[name] / bench.steps)
+        row["mfu"] = summary(trainees["ours"].flops() / seconds[name] / np.median(rates))
         row["loss"] = losses[name]
         row["peak_mb"] = peaks[name]
     return shown(rows)
@@ -660,7 +658,7 @@ def decode(cfg: DecodeBench) -> dict:
         for row in case:
             name = row["contestant"]
             row["same"] = sum(map(list.__eq__, own, written[name])) / len(own)
-            row["of_bandwidth"] = least / bandwidth / statistics.median(seconds[name])
+            row["of_bandwidth"] = least / bandwidth / np.median(seconds[name])
         rows += shown(case)
     return about | {"rows": rows}
 
@@ -671,7 +669,7 @@ def copied_per_second(device: Device) -> float:
     a = torch.ones(size, dtype=torch.uint8, device=device.torch_device)
     b = torch.empty_like(a)
     seconds = interleave(device, {"copy": lambda turn: b.copy_(a)}, 10)["copy"]
-    return 2 * len(a) / statistics.median(seconds)
+    return float(2 * len(a) / np.median(seconds))
 
 
 def least_bytes(model: ClipLM, captions: list, how: Decoding, dtype: torch.dtype) -> int:

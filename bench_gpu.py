@@ -152,7 +152,7 @@ def run(lab: Lab) -> list[dict]:
     rows = [row for row in read_log(cfg.run_dir / "log.jsonl") if "loss" in row]
     later = rows[2:]  # compiled by then
     names = "captions_per_s ms_per_step mfu waiting".split()
-    figures = {name: bench.summary(row[name] for row in later) for name in names}
+    figures = {name: bench.summary([row[name] for row in later]) for name in names}
     return bench.shown([{"compiled": cfg.compile, **figures, "loss": rows[-1]["loss"], **scores}])
 
 
