@@ -256,8 +256,13 @@ def invent(
     meta.write(folder)
 
 
-def settings_of(cfg: TrainBench, data: Path, P: int = 10, **changes) -> dict:
-    """Return train.py's settings of a run on invented captions with this decoder."""
+def settings_of(
+    cfg: TrainBench, data: Path, P: int = 10, R: int = 5, batches: int = 32, **changes
+) -> dict:
+    """Invent captions for so many batches in `data`. Return train.py's settings of a run on them
+    with this decoder."""
+    shape = (50, 768) if P == 50 else (1, 512)
+    invent(data, batches * cfg.batch_size, cfg.vocab_size, R, *shape)
     return dict(
         dataset="invented", data=str(data), n_prefix=P, block_size=P + 56, n_layer=cfg.n_layer,
         n_head=cfg.n_head, n_embd=cfg.n_embd, batch_size=cfg.batch_size, device=cfg.device,
@@ -267,9 +272,7 @@ def settings_of(cfg: TrainBench, data: Path, P: int = 10, **changes) -> dict:
 
 def practise(cfg: TrainBench, folder: Path, **changes) -> tuple[Config, dict]:
     """Let train.py learn invented captions for a moment. Return its settings and last scores."""
-    invent(folder / "data", 32 * cfg.batch_size, cfg.vocab_size)
-    settings = settings_of(cfg, folder / "data", out_dir=f"{folder}/run", **changes)
-    run_config = Config(**settings)
+    run_config = Config(**settings_of(cfg, folder / "data", out_dir=f"{folder}/run", **changes))
     return run_config, training.main(run_config)
 
 
@@ -480,9 +483,7 @@ def train(cfg: TrainBench) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for P, R, dtype in itertools.product(cfg.P, cfg.R, cfg.dtypes):
             data = Path(folder, f"{P}x{R}")
-            shape = (50, 768) if P == 50 else (1, 512)
-            invent(data, 16 * cfg.batch_size, cfg.vocab_size, R, *shape)
-            settings = settings_of(cfg, data, P, dtype=dtype, dropout=0.1)
+            settings = settings_of(cfg, data, P, R, 16, dtype=dtype, dropout=0.1)
             rows += compare(cfg, Config(**settings), R, failed)
     return about | {"rows": rows, "failed": failed}
 

@@ -182,7 +182,6 @@ def scst(lab: Lab) -> list[dict]:
 
 def profile(lab: Lab) -> dict:
     """Return the ten kernels that take most of two training steps, compiled and not."""
-    bench.invent(lab.data, 32 * lab.size.batch_size, lab.size.vocab_size)
     names = ("ours", "ours compiled")
     return {name: bench.attempt(name, partial(kernels, lab, name), lab.failed) for name in names}
 
@@ -266,7 +265,6 @@ def parity(cfg: bench.Bench) -> dict:
         lab = Lab(cfg, "float32", Path(folder), vocab_size=2048)
         results["hardware"] = bench.hardware(lab.device)
         print(results["hardware"], flush=True)
-        bench.invent(lab.data, 32 * lab.size.batch_size, lab.size.vocab_size)
         for part in (same_losses, same_captions, same_after_a_kill, waits):
             results[part.__name__] = bench.attempt(part.__name__, partial(part, lab), lab.failed)
             print(f"{part.__name__}: {results[part.__name__]}", flush=True)
