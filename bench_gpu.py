@@ -111,9 +111,10 @@ def fill(readme: Path, out: Path) -> dict:
     rows = [row for row in map(json.loads, text.splitlines()) if row["rows"]]
     if not rows:
         raise UserError(f"no figures in {out}: run `python bench.py gpu` first")
-    hardware, dtype, quick = setup_of(rows[-1])
-    rows = [row for row in rows if setup_of(row) == (hardware, dtype, quick)]
-    found = {row["section"]: row["rows"] for row in rows}
+    setups = [(row["hardware"], row["dtype"], row.get("quick", False)) for row in rows]
+    hardware, dtype, quick = setups[-1]
+    pairs = zip(rows, setups, strict=True)
+    found = {row["section"]: row["rows"] for row, setup in pairs if setup == setups[-1]}
     command = "python bench.py gpu" + " --quick" * quick
     lines = [f"Measured on {hardware}, {dtype}: `{command}`."]
     for name, measured in found.items():
@@ -121,11 +122,6 @@ def fill(readme: Path, out: Path) -> dict:
             lines += [f"\n*{name.capitalize()}*\n", bench.table(measured)]
     write_text(readme, "\n".join([before + begin, *lines, "", end + after]))
     return {"readme": str(readme), "sections": list(found)}
-
-
-def setup_of(row: dict) -> tuple[str, str, bool]:
-    """Return what two rows must share to stand in the same tables."""
-    return row["hardware"], row["dtype"], row.get("quick", False)
 
 
 # ---------------------------------------------------------------------------------------------
