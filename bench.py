@@ -270,8 +270,9 @@ def settings_of(
     ) | changes  # fmt: skip
 
 
-def practise(cfg: TrainBench, folder: Path, **changes) -> tuple[Config, dict]:
-    """Let train.py learn invented captions for a moment. Return its settings and last scores."""
+def practise(cfg: TrainBench, folder: Path, steps: int, **changes) -> tuple[Config, dict]:
+    """Let train.py learn invented captions for `steps`. Return its settings and last scores."""
+    changes |= dict(max_iters=steps, eval_interval=steps, warmup_iters=steps // 10)
     run_config = Config(**settings_of(cfg, folder / "data", out_dir=f"{folder}/run", **changes))
     return run_config, training.main(run_config)
 
@@ -525,14 +526,12 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
         if not cfg.ckpt:
             where = dict(device=cfg.device, dtypes=(cfg.dtype,), quick=cfg.quick)
             sizes = TrainBench(batch_size=16, **where).resized()
-            steps = dict(max_iters=PRACTICE, eval_interval=PRACTICE, warmup_iters=PRACTICE // 10)
-            practise(sizes, Path(folder), optimizer="muon", **steps)
+            practise(sizes, Path(folder), PRACTICE, optimizer="muon")
             cfg = replace(cfg, ckpt=f"{folder}/run/ckpt.pt", data=f"{folder}/data")
         model, _, content = load_captioner(cfg.ckpt)
         dataset = content["meta"]["dataset"]
         split = Split(Path(cfg.data or f"data/{dataset}"), "train")
-        scst = dict(objective="scst", init_from=cfg.ckpt, scst_samples=cfg.samples)
-        settings = Config(dataset=dataset, **scst)
+        settings = Config(dataset=dataset, scst_samples=cfg.samples)
         critic = SelfCritical(model.to(device.torch_device), split, settings, device)
     order = Order(0, split.lengths, cfg.batch_size)
     optimizer = adamw(model, device, 0.0)  # it does all its work, but the samples stay the same

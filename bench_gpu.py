@@ -137,11 +137,8 @@ def machine(lab: Lab) -> list[dict]:
 def run(lab: Lab) -> list[dict]:
     """Train by train.py itself. Return the speed that its log shows and its last scores."""
     steps = 6 if lab.size.quick else 200
-    changes = dict(
-        max_iters=steps, eval_interval=steps, warmup_iters=steps // 10, log_interval=steps // 6,
-        dropout=0.1,
-    )  # fmt: skip
-    practise = partial(bench.practise, lab.size, lab.folder, **changes)
+    changes = dict(log_interval=steps // 6, dropout=0.1)
+    practise = partial(bench.practise, lab.size, lab.folder, steps, **changes)
     compiles = lab.device.type == "cuda"
     done = bench.attempt("train.py", partial(practise, compile=compiles), lab.failed)
     cfg, scores = done or practise(compile=False)  # the next sections need a checkpoint
