@@ -416,11 +416,14 @@ def peak_mb(device: Device) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def peak_memory(name: str, cfg: Config, steps: int) -> float:
+def peak_memory(name: str, cfg: Config, steps: int, in_fresh_process: bool) -> float:
     """Return the MB that a contestant and three turns take at most, beyond the libraries.
 
-    A GPU's peak can be reset. On a CPU, this is meant for a fresh process.
+    A GPU's peak can be reset. On a CPU, only a fresh process shows it.
     """
+    if in_fresh_process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            return fresh.submit(peak_memory, name, cfg, steps, False).result()
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - all contestants pay for it
 
     device = Device(cfg.device, cfg.dtype)
@@ -433,11 +436,6 @@ def peak_memory(name: str, cfg: Config, steps: int) -> float:
     return peak_mb(device) - before
 
 
-def in_fresh_process(work: Callable):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(work).result()
-
-
 def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[dict]:
     """Return a row per contestant: speed, loss on the same captions, memory. One that fails in
     its first turns, in which compiled models compile, is left out; without ours, all are."""
@@ -447,9 +445,8 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
     trainees = {}
 
     def prepared(name: str) -> Trainee:
-        measure = partial(peak_memory, name, cfg, bench.steps)
         is_alone = device.type != "cuda" and not bench.quick
-        peaks[name] = in_fresh_process(measure) if is_alone else measure()
+        peaks[name] = peak_memory(name, cfg, bench.steps, is_alone)
         return Trainee(name, cfg, bench.turns, bench.steps)
 
     for name in (*CONTESTANTS, *("ours compiled", "padded compiled") * bench.compile):

@@ -1,7 +1,6 @@
 """bench.py: its contestants do the same work, and both modes run to their last line."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -86,7 +85,7 @@ def test_train_runs_and_the_losses_agree(capsys):
 
 def test_memory_is_measured_in_a_fresh_process(tmp_path):
     cfg = invented(tmp_path)
-    assert bench.in_fresh_process(partial(bench.peak_memory, "padded", cfg, 1)) > 0
+    assert bench.peak_memory("padded", cfg, 1, in_fresh_process=True) > 0
 
 
 def test_a_contestant_that_fails_is_left_out(capsys, monkeypatch):
