@@ -316,13 +316,17 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.sp.get_piece_size()
 
+    def text(self, caption: str) -> str:
+        """Return a caption as it is encoded: in lower case, if it is so trained."""
+        return caption.lower() if self.lowercase else caption
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without bos and eos."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos."""
-        return self.sp.encode([t.lower() for t in texts] if self.lowercase else texts)
+        return self.sp.encode([self.text(text) for text in texts])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids, without the special ones."""
@@ -341,7 +345,7 @@ class Tokenizer:
 def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -> dict:
     """Write a split's tokens, offsets and references. Return its counts for meta.json.
 
-    Print how many captions change when encoded and decoded, unknown tokens aside.
+    Print how many captions change when encoded and decoded, as by an unknown character.
 
     `records` are sources.Record: images with id, file_name, captions, and if the source knows
     them caption_ids, facts and tokens (each caption's ids, without bos and eos).
@@ -353,9 +357,8 @@ def write_split(folder: Path, split: str, records: list, tokenizer: Tokenizer) -
         captions = [c for record in some for c in record.captions]
         encoded = [ids for record in some for ids in record.tokens or ()]
         encoded = encoded or tokenizer.encode_all(captions)
-        for caption, ids, text in zip(captions, encoded, tokenizer.sp.decode(encoded), strict=True):
-            original = caption.lower() if tokenizer.lowercase else caption
-            if text != original and tokenizer.unk not in ids:
+        for caption, text in zip(captions, tokenizer.sp.decode(encoded), strict=True):
+            if text != (original := tokenizer.text(caption)):
                 changed.append((original, text))
         tokens.append(np.array([t for ids in encoded for t in (tokenizer.bos, *ids)], dtype))
         lengths.append(np.array([1 + len(ids) for ids in encoded], np.int64))

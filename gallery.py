@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts.common import UserError, read_json, run
+from parts.common import UserError, read_json, run, write_text
 
 TEMPLATE = Path(__file__).parent / "assets" / "gallery.html"
 SIDE = 320  # pixels, the longer side of a thumbnail
@@ -191,7 +191,7 @@ def write(
         shown.append(record)
     data = embed({"title": title or "Captions", "images": shown})
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
-    page.write_text(html, encoding="utf-8")
+    write_text(page, html)
     return missing
 
 
