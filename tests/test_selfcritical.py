@@ -1,5 +1,6 @@
 """selfcritical.py: gradients against oracles, the reward, any cut of the batch, resume."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,19 @@ def test_any_cut_of_the_batch_computes_the_same_update(here, processes, micro):
     one, other = (torch.load(f"{out}/last.pt")["optimizer"]["state"] for out in ("one", "cut"))
     for i, state in one.items():
         assert torch.allclose(state["exp_avg"], other[i]["exp_avg"], rtol=0, atol=1e-5), i
+
+
+def test_compiled_blocks_change_no_reward(here, monkeypatch):
+    """The graphs run uncompiled here, so that no compiler is needed."""
+    train.main(Config(**SCST | dict(out_dir="plain")))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    train.main(Config(**SCST | dict(out_dir="compiled", compile=True)))
+    for figure in ("loss", "reward"):
+        plain, compiled = (
+            [r[figure] for r in log_of(out) if "loss" in r] for out in ("plain", "compiled")
+        )
+        assert compiled == pytest.approx(plain, abs=1e-4), figure
 
 
 def test_a_kill_changes_nothing(here):
