@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -303,12 +304,15 @@ class Encoder:
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Encode texts as (B, D) float32 on the CPU, comparable with pooled image embeddings.
 
-        A text that is too long for the model is cut off.
+        A text that is too long for the model is cut off, and counted on stderr.
         """
+        limit = self.text_model.config.max_position_embeddings
+        if long := sum(len(ids) > limit for ids in self.tokenizer(texts)["input_ids"]):
+            print(f"{long} captions were cut for CLIP, which reads {limit} tokens", file=sys.stderr)
         # SigLIP reads the last position, and learned to do so with padding in it
         padding = True if self.has_class else "max_length"
         options = {"padding": padding, "truncation": True, "return_tensors": "pt"}
-        options["max_length"] = self.text_model.config.max_position_embeddings
+        options["max_length"] = limit
         embeddings = []
         for i in range(0, len(texts), 256):
             inputs = self.tokenizer(texts[i : i + 256], **options)
