@@ -24,6 +24,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -53,15 +54,17 @@ Splits = dict[str, list[Record]]
 def main(cfg: Config) -> None:
     device = Device(cfg.device, "float32")
     with device.owning(cfg.data_dir / "lock", f"prepare.py is writing {cfg.data_dir}/"):
+        encoder = None
+        origin: dict = {}  # what the embeddings' bytes depend on, unless they are the user's
         if not cfg.embeddings:  # a missing one is found before hours of downloading
             encoder = clip.Encoder(cfg.clip, cfg.features, cfg.grid, device.torch_device)
         splits, tokenizer = device.on_first(lambda: gather_inputs(cfg))
-        if not cfg.embeddings:
-            files, encoder_fields, encoding = encode(splits, encoder, cfg, device)
+        if encoder:
+            files, origin = encode(splits, encoder, cfg, device)
         elif device.is_first:
-            files, encoder_fields, encoding = copy_embeddings(splits, cfg)
+            files = copy_embeddings(splits, cfg)
         if device.is_first:
-            finish(splits, files, tokenizer, cfg, encoder_fields, encoding)
+            finish(splits, files, tokenizer, cfg, encoder, origin)
     device.close()
 
 
@@ -117,162 +120,79 @@ def train_tokenizer(captions: list[str], vocab_size: int, lowercase: bool = Fals
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Encode: rows go to data/<dataset>/encoding/<split>.npy, which `finish` moves into place
+# 3. Encode: rows go to data/<dataset>/encoding/<split>.npy, which `finish` moves into place. After
+# they are safe on the disk, rank<rank>.jsonl there records which batches are done, each with its
+# bad rows, so that the next run resumes after a kill.
 
 
-class EmbeddingFile:
-    """A split's embeddings while they are made: <folder>/<split>.npy, (images, P, D) float16.
+def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict[str, Path], dict]:
+    """Encode the images with CLIP, unless that is done, and mark the records of bad ones.
 
-    Rows are written with `seek` and `write`: on a full disk, writing through a memmap is a SIGBUS.
-    After they are safe on the disk, <folder>/rank<rank>.jsonl records which batches are done, so
-    that the next run resumes after a kill.
+    Return each split's file and what its bytes depend on.
     """
-
-    def __init__(self, folder: Path, split: str, rank: int = 0):
-        self.folder = folder
-        self.split = split
-        self.path = folder / f"{split}.npy"
-        self.log = folder / f"rank{rank}.jsonl"
-        rows = self.rows()
-        self.shape = rows.shape
-        self.begin = rows.offset
-        self.unlogged: list[str] = []
-
-    @classmethod
-    def create(cls, folder: Path, split: str, shape: tuple) -> "EmbeddingFile":
-        """Write a file of zeros."""
-        path = folder / f"{split}.npy"
-        with naming(path):
-            np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        return cls(folder, split)
-
-    def rows(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")
-
-    def write(self, row: int, block: np.ndarray) -> None:
-        """Write a block of rows, of which `row` is the first."""
-        with naming(self.path), open(self.path, "rb+") as file:
-            file.seek(self.begin + row * block[0].nbytes)
-            file.write(block.tobytes())
-
-    def copy(self, array: np.ndarray, rows: list[int]) -> np.ndarray:
-        """Write these rows of an array, which may exceed memory. Return the largest absolute value
-        of each in half precision, infinite or NaN if it does not fit."""
-        largest = np.empty(len(rows), np.float16)
-        for i in range(0, len(rows), 4096):
-            with np.errstate(over="ignore"):
-                block = array[rows[i : i + 4096]].astype(np.float16)
-            largest[i : i + 4096] = np.abs(block).max((1, 2))
-            self.write(i, block)
-        self.sync()
-        return largest
-
-    def sync(self) -> None:
-        """Make what was written safe: rows first, then the record that they exist."""
-        with naming(self.path), open(self.path, "rb+") as file:
-            sync(file)
-        if self.unlogged:
-            with naming(self.log), open(self.log, "a", encoding="utf-8") as file:
-                file.write("".join(["\n", *self.unlogged]))  # the first newline ends a torn line
-                sync(file)
-            self.unlogged = []
-
-    def done(self) -> dict[int, dict[int, str]]:
-        """Return the batches that all runs and ranks have written, each with its bad rows."""
-        batches = {}
-        for path in self.folder.glob("rank*.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a torn line: its batch is encoded again
-                    split, batch, bad = json.loads(line)
-                    if split == self.split:
-                        batches[batch] = {int(row): reason for row, reason in bad.items()}
-        return batches
-
-    def keep(self, rows: list[int]) -> "EmbeddingFile":
-        """Return the file with these rows only: a copy, <split>.kept.npy, unless it is all."""
-        if len(rows) == self.shape[0]:
-            return self
-        kept = self.create(self.folder, f"{self.split}.kept", (len(rows), *self.shape[1:]))
-        kept.copy(self.rows(), rows)
-        return kept
-
-
-def create_files(cfg: Config, origin: dict, shapes: dict[str, tuple]) -> str:
-    """Make each split's file in data/<dataset>/encoding, or leave those of an interrupted run of
-    the same origin. Return this run's mark, which stands in the file `run` there."""
+    origin = device.on_first(lambda: fingerprint_of_inputs(splits, cfg, encoder))
+    files = device.on_first(lambda: earlier_encoding(splits, cfg, origin))
+    if files:
+        return files, origin
     folder = cfg.data_dir / "encoding"
-    origin = origin | {"shapes": json.loads(json.dumps(shapes))}
-    resumes = False
-    if (folder / "made_by.json").is_file():
-        is_same = read_json(folder / "made_by.json") == origin
-        resumes = is_same and all((folder / f"{split}.npy").exists() for split in shapes)
-        if not resumes:
-            print("settings, images or versions differ from the unfinished run's: starting over")
-    if not resumes:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for split, shape in shapes.items():
-            EmbeddingFile.create(folder, split, shape)
-        write_text(folder / "made_by.json", json.dumps(origin))
-    mark = secrets.token_hex(8)
-    write_text(folder / "run", mark)
-    return mark
-
-
-def encode(splits: Splits, encoder, cfg: Config, device: Device) -> tuple[dict, dict, dict]:
-    """Encode the images with CLIP, unless that is done, and drop the records of bad ones.
-
-    Return, on rank 0, each split's file, the encoder fields of meta.json, and the content of
-    encoding.json.
-    """
     P, D = encoder.n_positions, encoder.embedding_dim
     shapes = {split: (len(records), P, D) for split, records in splits.items()}
+    made_by = device.on_first(lambda: start_encoding(cfg, origin, shapes))
+    path = folder / "made_by.json"
+    is_shared = path.is_file() and read_json(path) == made_by
+    if not all(device.gather(is_shared)):
+        raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
+    encode_missing(splits, folder, encoder, cfg, device)
+    device.gather(None)  # wait until all are done
+    batches_done(splits, folder)  # which marks the bad images of all ranks
+    return {split: folder / f"{split}.npy" for split in splits}, origin
+
+
+def start_encoding(cfg: Config, origin: dict, shapes: dict[str, tuple]) -> dict:
+    """Make each split's file in data/<dataset>/encoding, or leave those of an interrupted run of
+    the same origin. Return what stands in made_by.json there: the origin and this run's mark."""
     folder = cfg.data_dir / "encoding"
-    origin = device.on_first(lambda: fingerprint_of_inputs(splits, cfg, encoder))
-    files, bad = device.on_first(lambda: earlier_encoding(cfg, origin))
-    if not files:
-        mark = device.on_first(lambda: create_files(cfg, origin, shapes))
-        is_shared = (folder / "run").is_file() and (folder / "run").read_text() == mark
-        if not all(device.gather(is_shared)):
-            raise UserError(f"{folder} is not the same on every machine: put it on shared storage")
-        files = {split: EmbeddingFile(folder, split, device.rank) for split in splits}
-        encode_missing(splits, files, encoder, cfg, device)
-        device.gather(None)  # wait until all are done
-    if not device.is_first:
-        return {}, {}, {}
-    bad = bad or list_bad(splits, files)
-    drop_bad(splits, files, bad, cfg)
-    for split in splits:
-        # Rows and records are still aligned: the last row is what the last image gives.
-        ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], cfg)]], workers=0)
-        last = torch.tensor(files[split].rows()[-1:])
-        assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
-    encoder_fields = {"encoder": cfg.clip, "encoder_kind": encoder.kind}
-    encoder_fields |= {"features": cfg.features, "grid": cfg.grid}
-    return files, encoder_fields, {"made_by": origin, "bad": bad}
+    files = {folder / f"{split}.npy": shape for split, shape in shapes.items()}
+    path = folder / "made_by.json"
+    earlier = {}
+    if path.is_file():
+        earlier = read_json(path)
+    if earlier.get("origin") != origin or not all(file.exists() for file in files):
+        if earlier:
+            print("settings, images or versions differ from the unfinished run's: starting over")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file, shape in files.items():
+            with naming(file):
+                np.lib.format.open_memmap(file, "w+", np.float16, shape)
+    made_by = {"origin": origin, "run": secrets.token_hex(8)}
+    write_text(path, json.dumps(made_by))
+    return made_by
 
 
-def earlier_encoding(cfg: Config, origin: dict) -> tuple[dict[str, EmbeddingFile], dict]:
-    """Return each split's file and its bad rows, of a finished encoding of the same origin;
-    nothing if there is none.
+def earlier_encoding(splits: Splits, cfg: Config, origin: dict) -> dict[str, Path]:
+    """Return each split's file, of a finished encoding of the same origin, and mark the records of
+    bad images; return nothing if there is none.
 
     Its files are in place, or if `finish` was cut off, still in data/<dataset>/encoding.
     """
     path = cfg.data_dir / "encoding.json"
     earlier = read_json(path) if path.is_file() else {}
     if earlier.get("made_by") != origin:
-        return {}, {}
-    files, bad = {}, {}
+        return {}
+    files = {}
     for split, sample in earlier["files"].items():
         in_place = cfg.data_dir.glob(f"{split}_embeddings.npy")
         for file in (*in_place, *cfg.data_dir.glob(f"encoding/{split}*.npy")):
             if fingerprint(file) == sample:
-                files[split] = EmbeddingFile(file.parent, file.stem)
-        bad[split] = {int(row): reason for row, reason in earlier["bad"][split].items()}
-    if files.keys() != bad.keys():
-        return {}, {}
+                files[split] = file
+    if files.keys() != splits.keys():
+        return {}
+    for split, reasons in earlier["bad"].items():
+        for row, reason in reasons.items():
+            splits[split][int(row)].bad = reason
     print(f"the images are encoded already, as {path} says")
-    return files, bad
+    return files
 
 
 def fingerprint_of_inputs(splits: Splits, cfg: Config, encoder) -> dict:
@@ -294,108 +214,112 @@ def fingerprint_of_inputs(splits: Splits, cfg: Config, encoder) -> dict:
     }  # fmt: skip
 
 
-def encode_missing(
-    splits: Splits, files: dict[str, EmbeddingFile], encoder, cfg: Config, device: Device
-) -> None:
+def encode_missing(splits: Splits, folder: Path, encoder, cfg: Config, device: Device) -> None:
     """Encode this rank's share of the batches that are not done.
 
     A split is cut into batches of `encode_batch`; batch b is rank b % world's. Its bytes depend
     on its own images alone and have a place of their own in the file, so neither the number of
     ranks nor an interruption can change the result.
     """
-    size, jobs = cfg.encode_batch, []  # jobs: (split, batch, its records)
+    size, jobs = cfg.encode_batch, []  # jobs: (split, first row, records)
+    done = batches_done(splits, folder)
     for split, records in splits.items():
-        done = files[split].done()
-        for batch in range(device.rank, -(-len(records) // size), device.world):
-            if batch not in done:
-                jobs.append((split, batch, records[batch * size : (batch + 1) * size]))
+        for row in range(device.rank * size, len(records), device.world * size):
+            if (split, row // size) not in done:
+                jobs.append((split, row, records[row : row + size]))
     images = ([sources.locate(r, cfg) for r in records] for _, _, records in jobs)
-    bad = list_bad(splits, files)
-    total = sum(map(len, splits.values()))
     n_images = sum(len(records) for _, _, records in jobs)
+    total = sum(map(len, splits.values()))
+    n_bad = sum(bool(record.bad) for records in splits.values() for record in records)
+    unlogged: list[str] = []
     synced = time.monotonic()
     with tqdm(total=n_images, desc="encoding", unit="image", disable=not device.is_first) as bar:
         stream = encoder.stream(images, cfg.workers)
-        for (split, batch, records), (x, reasons) in zip(jobs, stream, strict=True):
+        for (split, row, records), (x, reasons) in zip(jobs, stream, strict=True):
             if not torch.isfinite(x).all():
                 raise UserError(f"clip={cfg.clip} overflows half precision: choose another model")
             block = np.zeros((len(records), *x.shape[1:]), np.float16)
             block[[i for i in range(len(records)) if i not in reasons]] = x
-            reasons = {batch * size + i: reason for i, reason in reasons.items()}
-            files[split].write(batch * size, block)
-            files[split].unlogged.append(json.dumps([split, batch, reasons]) + "\n")
+            path = folder / f"{split}.npy"
+            begin = np.load(path, mmap_mode="r").offset + row * block[0].nbytes
+            with naming(path), open(path, "rb+") as file:  # on a full disk, a memmap is a SIGBUS
+                file.seek(begin)
+                file.write(block.tobytes())
+            bad = {row + i: reason for i, reason in reasons.items()}
+            unlogged.append(json.dumps([split, row // size, bad]) + "\n")
             bar.update(len(records))
-            bad[split] |= reasons
-            if sum(map(len, bad.values())) > cfg.max_bad * total:  # no need to wait for the end
-                check_bad(splits, bad, cfg, device.rank)
+            for i, reason in reasons.items():
+                n_bad += not records[i].bad
+                records[i].bad = reason
+            if n_bad > cfg.max_bad * total:  # no need to wait for the end
+                check_bad(splits, cfg, device.rank)
             if time.monotonic() - synced >= SYNC:
-                for file in files.values():
-                    file.sync()
+                log_batches(splits, folder, device.rank, unlogged)
                 synced = time.monotonic()
-    for file in files.values():
-        file.sync()
+    log_batches(splits, folder, device.rank, unlogged)
 
 
-def list_bad(splits: Splits, files: dict[str, EmbeddingFile]) -> dict[str, dict[int, str]]:
-    """Return split -> row -> why its image or caption cannot be used, as far as it is known."""
-    bad = {}
-    for split, records in splits.items():
-        bad[split] = {row: record.bad for row, record in enumerate(records) if record.bad}
-        for reasons in files[split].done().values():
-            bad[split] |= reasons
-    return bad
+def log_batches(splits: Splits, folder: Path, rank: int, unlogged: list[str]) -> None:
+    """Make what was written safe: rows first, then the record that they exist."""
+    for path in (folder / f"{split}.npy" for split in splits):
+        with naming(path), open(path, "rb+") as file:
+            sync(file)
+    log = folder / f"rank{rank}.jsonl"
+    with naming(log), open(log, "a", encoding="utf-8") as file:
+        file.write("".join(["\n", *unlogged]))  # the first newline ends a torn line
+        sync(file)
+    unlogged.clear()
 
 
-def check_bad(splits: Splits, bad: dict, cfg: Config, rank: int = 0) -> None:
-    """Write the bad rows, as far as they are known, to skipped.csv. Raise UserError if they are
+def batches_done(splits: Splits, folder: Path) -> set[tuple[str, int]]:
+    """Return the batches that all runs and ranks have written, and mark their bad images."""
+    done = set()
+    for path in folder.glob("rank*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a torn line: its batch is encoded again
+                split, batch, reasons = json.loads(line)
+                done.add((split, batch))
+                for row, reason in reasons.items():
+                    splits[split][int(row)].bad = reason
+    return done
+
+
+def check_bad(splits: Splits, cfg: Config, rank: int = 0) -> None:
+    """Write the bad images, as far as they are known, to skipped.csv. Raise UserError if they are
     more than `max_bad`."""
-    count = sum(map(len, bad.values()))
+    bad = [(split, record) for split in splits for record in splits[split] if record.bad]
     total = sum(map(len, splits.values()))
     path = cfg.data_dir / "skipped.csv"
-    if not count:
+    if not bad:
         path.unlink(missing_ok=True)
         return
     own = path.with_name(f"skipped.{rank}.csv")  # two ranks may have too many at once
     with replacing(own) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("split", "id", "file_name", "reason"))
-        for split, reasons in bad.items():
-            for row, reason in sorted(reasons.items()):
-                record = splits[split][row]
-                cells = (split, record.id, record.file_name, reason)
-                # A spreadsheet would run a cell that begins like a formula.
-                writer.writerow([f"'{c}" if str(c).startswith(tuple("=+-@")) else c for c in cells])
+        for split, record in bad:
+            cells = (split, record.id, record.file_name, record.bad)
+            # A spreadsheet would run a cell that begins like a formula.
+            writer.writerow([f"'{c}" if str(c).startswith(tuple("=+-@")) else c for c in cells])
     os.replace(own, path)
-    if count > cfg.max_bad * total:
+    if len(bad) > cfg.max_bad * total:
         raise UserError(
-            f"at least {count} of {total} images cannot be used, more than max_bad={cfg.max_bad}: "
-            f"repair those in {path}, or raise max_bad"
+            f"at least {len(bad)} of {total} images cannot be used, more than "
+            f"max_bad={cfg.max_bad}: repair those in {path}, or raise max_bad"
         )
-    print(f"left out {count} of {total} images, listed in {path}")
-
-
-def drop_bad(splits: Splits, files: dict[str, EmbeddingFile], bad: dict, cfg: Config) -> None:
-    """Leave the bad rows out of records and files. Raise UserError if they are too many."""
-    check_bad(splits, bad, cfg)
-    for split, records in splits.items():
-        kept = [row for row in range(len(records)) if row not in bad[split]]
-        if not kept:
-            path = cfg.data_dir / "skipped.csv"
-            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
-        splits[split] = [records[row] for row in kept]
-        files[split] = files[split].keep(kept)
+    print(f"left out {len(bad)} of {total} images, listed in {path}")
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. or, instead of encoding: the user's own embeddings
 
 
-def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict, dict, dict]:
-    """Copy the rows of the user's array to the splits, by file name.
+def copy_embeddings(splits: Splits, cfg: Config) -> dict[str, Path]:
+    """Copy the rows of the user's array to the splits, by file name. Return each split's file.
 
-    Drop rows of zeros, which some programs write for an image that they could not read. Return what
-    `encode` returns. Raise UserError if an image has no row (a split other than train and val of
-    such images is left out), two share one, or a row is not finite in half precision.
+    Rows of zeros, which some programs write for an image that they could not read, are bad. Raise
+    UserError if an image has no row (a split other than train and val of such images is left out),
+    two share one, or a row is not finite in half precision.
     """
     array, index = open_embeddings(cfg)
     rows = {}  # split -> the row of each image
@@ -417,19 +341,35 @@ def copy_embeddings(splits: Splits, cfg: Config) -> tuple[dict, dict, dict]:
             elif not record.bad:
                 problems.add(f"images without a row in {cfg.embedding_names}", split, name)
     problems.stop(cfg.embeddings)
-    P, D = array.shape[1:]
-    create_files(cfg, {}, {split: (len(rows[split]), P, D) for split in splits})
-    files = {split: EmbeddingFile(cfg.data_dir / "encoding", split) for split in splits}
-    bad = list_bad(splits, files)
-    for split, file in files.items():
-        largest = file.copy(array, [row or 0 for row in rows[split]])  # a bad image may have none
-        for row in np.flatnonzero(~np.isfinite(largest)):
-            name = splits[split][row].file_name
-            raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
-        for row in np.flatnonzero(largest == 0).tolist():
-            bad[split].setdefault(row, "embedding of zeros")
-    drop_bad(splits, files, bad, cfg)
-    return files, {"encoder": "", "features": "pooled" if P == 1 else "grid", "grid": 0}, {}
+    start_encoding(cfg, {}, {})
+    files = {split: cfg.data_dir / "encoding" / f"{split}.npy" for split in splits}
+    for split, records in splits.items():
+        # A bad image may have no row.
+        largest = copy_rows(array, [row or 0 for row in rows[split]], files[split])
+        for record, value in zip(records, largest, strict=True):
+            if not math.isfinite(value):
+                name = record.file_name
+                raise UserError(f"{cfg.embeddings}: not finite in half precision, first for {name}")
+            if value == 0:
+                record.bad = record.bad or "embedding of zeros"
+    return files
+
+
+def copy_rows(array: np.ndarray, rows: list[int], path: Path) -> list[float]:
+    """Write these rows of an array (N, P, D), which may exceed memory, to a .npy file in float16.
+
+    Return the largest absolute value of each, infinite or NaN if it does not fit.
+    """
+    header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), *array.shape[1:])}
+    largest = []
+    with replacing(path) as part, open(part, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for i in range(0, len(rows), 4096):
+            with np.errstate(over="ignore"):
+                block = array[rows[i : i + 4096]].astype(np.float16)
+            file.write(block.tobytes())
+            largest += np.abs(block).max((1, 2)).tolist()
+    return largest
 
 
 NOT_NPY = (
@@ -464,26 +404,49 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def finish(
-    splits: Splits, files: dict[str, EmbeddingFile], tokenizer: Tokenizer, cfg: Config,
-    encoder_fields: dict, encoding: dict,
-) -> None:  # fmt: skip
-    """Write all that is missing, then move everything into place, meta.json last.
+    splits: Splits, files: dict[str, Path], tokenizer: Tokenizer, cfg: Config, encoder, origin: dict
+) -> None:
+    """Leave out bad images, write all that is missing, and move everything into place, meta.json
+    last. Raise UserError if a split has no other images, or if they are too many.
 
     Keeps the old dataset intact until the last moment; safe to repeat.
     """
+    check_bad(splits, cfg)
+    bad = {}
+    for split, records in splits.items():
+        bad[split] = {row: record.bad for row, record in enumerate(records) if record.bad}
+        kept = [row for row in range(len(records)) if row not in bad[split]]
+        if not kept:
+            path = cfg.data_dir / "skipped.csv"
+            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
+        array = np.load(files[split], mmap_mode="r")
+        if len(kept) < len(array):  # else an earlier run has left them out
+            files[split] = cfg.data_dir / "encoding" / f"{split}.kept.npy"
+            copy_rows(array, kept, files[split])
+        splits[split] = [records[row] for row in kept]
+        if encoder:
+            # Rows and records are still aligned: the last row is what the last image gives.
+            ((x, _),) = encoder.stream([[sources.locate(splits[split][-1], cfg)]], workers=0)
+            last = torch.tensor(np.load(files[split], mmap_mode="r")[-1:])
+            assert torch.cosine_similarity(x.double().ravel(), last.double().ravel(), 0) > 0.99
+    _, P, D = array.shape
     folder, ready = cfg.data_dir, cfg.data_dir / "encoding" / "ready"
-    _, P, D = files["train"].shape
     shutil.rmtree(ready, ignore_errors=True)
     with replacing(ready / "tokenizer.model") as part:
         part.write_bytes(tokenizer.model)
     counts = {split: write_split(ready, split, splits[split], tokenizer) for split in splits}
-    samples = {split: fingerprint(file.path) for split, file in files.items()}
-    write_text(folder / "encoding.json", json.dumps(encoding | {"files": samples}))
+    samples = {split: fingerprint(file) for split, file in files.items()}
+    encoding = {"made_by": origin, "bad": bad, "files": samples}
+    write_text(folder / "encoding.json", json.dumps(encoding))
     (folder / "meta.json").unlink(missing_ok=True)  # what it describes is about to change
     for split, file in files.items():
-        os.replace(file.path, folder / f"{split}_embeddings.npy")
+        os.replace(file, folder / f"{split}_embeddings.npy")
     for path in ready.iterdir():
         os.replace(path, folder / path.name)
+    encoder_fields = {"encoder": "", "features": "pooled" if P == 1 else "grid", "grid": 0}
+    if encoder:
+        encoder_fields = {"encoder": cfg.clip, "features": cfg.features, "grid": cfg.grid}
+        encoder_fields["encoder_kind"] = encoder.kind
     meta = Meta(
         dataset=cfg.dataset, source=cfg.source, captions=cfg.captions, images=cfg.images,
         normalize=cfg.normalize, lowercase=cfg.lowercase, vocab_size=len(tokenizer),
