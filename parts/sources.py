@@ -99,10 +99,7 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     if cfg.source == "shapes":
         return render_scenes(cfg)
     problems = Problems()
-    gathering = Gathering(cfg, problems, tokenizer)
-    for where, row in read_rows(cfg, problems):
-        gathering.add(where, row)
-    splits = gathering.splits()
+    splits = Gathering(cfg, problems, tokenizer).splits
     problems.stop(cfg.captions)
     if not splits.get("train"):
         raise UserError(f"{cfg.captions}: no images in split `train`")
@@ -212,30 +209,29 @@ def token_ids(tokens, tokenizer) -> list[int] | None:
 
 
 class Gathering:
-    """The records, made of the rows that readers yield; what is wrong goes to `problems`."""
+    """The records of each split, made of the rows that readers yield; what is wrong goes to
+    `problems`."""
 
     def __init__(self, cfg, problems: Problems, tokenizer=None):
         self.cfg = cfg
         self.problems = problems
         self.tokenizer = tokenizer
-        self.folders: dict[str, str] = {}  # split -> absolute path of its images folder
-        self.records: dict[str, dict] = defaultdict(dict)  # folder -> name within it -> record
-        self.ids: dict[tuple, set] = defaultdict(set)  # (split, images or captions) -> their ids
+        self.splits: dict[str, list[Record]] = defaultdict(list)
+        self.images: dict[str, dict] = defaultdict(dict)  # folder -> name within it -> record
+        self.ids: dict[tuple, set] = defaultdict(set)  # (images or captions, split) -> their ids
         self.given: dict[str, bool] = {}  # whether the first row has ids, or tokens
+        self.folder_of = functools.cache(
+            lambda split: os.path.join(os.path.abspath(images_folder(cfg, split)), "")
+        )
+        for where, row in read_rows(cfg, problems):
+            self.check_captions(where, row)
+            self.add(where, row)
+        records = itertools.chain(*self.splits.values())
+        for number, record in enumerate(record for record in records if record.id is None):
+            record.id = number
 
-    def splits(self) -> dict[str, list[Record]]:
-        """Return the records of each split. Those without ids are numbered through all splits."""
-        splits: dict[str, list[Record]] = {}
-        for record in itertools.chain(*(records.values() for records in self.records.values())):
-            splits.setdefault(record.split, []).append(record)
-        number = itertools.count()
-        for record in itertools.chain(*splits.values()):
-            if record.id is None:
-                record.id = next(number)
-        return splits
-
-    def add(self, where: str, row: Record) -> None:
-        """Check a row, and make it its image's record, or add its captions to that."""
+    def check_captions(self, where: str, row: Record) -> None:
+        """Tidy up captions, make their tokens lists of ids, and check both, and captions' ids."""
         for i, caption in enumerate(row.captions):
             if isinstance(caption, str):
                 row.captions[i] = SPACES.sub(" ", caption).strip(" ")
@@ -244,65 +240,13 @@ class Gathering:
                 row.bad = f"caption: {fault}"
             elif fault:
                 self.problems.add(f"bad caption ({fault})", where)
-        record = self.record_of(where, row)
-        if not record:
-            return
-        self.check_extras(where, row)
-        if record is row:
-            file = locate(row, self.cfg)[0]
-            if not row.place and not self.cfg.embeddings and not os.path.isfile(file):
-                self.problems.add("no such image", where, file)
-        elif record.split != row.split:
-            self.problems.add("image in two splits", where, row.file_name)
-        elif self.cfg.source not in SEVERAL_ROWS:
-            self.problems.add("image listed twice", where, row.file_name)
-        elif row.id not in (None, record.id):
-            detail = f"{row.file_name}: {record.id!r} and {row.id!r}"
-            self.problems.add("image with two ids", where, detail)
-        if record is row or record.split != row.split:
-            self.check_id(where, row.split, "images", row.id)
-        else:
-            record.captions += row.captions
-            record.tokens = (record.tokens or []) + (row.tokens or []) or None
-
-    def record_of(self, where: str, row: Record) -> Record | None:
-        """Return the record of a row's image: the row itself, if it is the first. Return None if
-        the names of split or image cannot be used."""
-        if not (isinstance(row.split, str) and SPLIT_NAME.fullmatch(row.split)):
-            expected = "expected lower-case letters, digits, - or _"
-            self.problems.add(f"bad split name ({expected})", where, row.split)
-            return None
-        name = row.file_name
-        if fault := text_problem(name):
-            self.problems.add(f"bad file name ({fault})", where)
-            return None
-        if row.split not in self.folders:
-            folder = os.path.abspath(images_folder(self.cfg, row.split))
-            self.folders[row.split] = os.path.join(folder, "")
-        folder = self.folders[row.split]
-        path = os.path.abspath(os.path.join(folder, name))
-        if not path.startswith(folder):
-            problem = "file name outside the images folder"
-            if os.path.isabs(name):  # as the other rows' names are, most likely
-                problem += f" (names are relative to {folder}; --images=/ takes absolute ones)"
-            self.problems.add(problem, where, name)
-            if os.path.isabs(name):
-                self.problems.stop(self.cfg.captions)
-            return None
-        path = path.removeprefix(folder)
-        if path == name:
-            path = name  # one string in memory: there may be millions
-        return self.records[folder].setdefault(path, row)
-
-    def check_extras(self, where: str, row: Record) -> None:
-        """Check the ids and tokens of a row's captions; make tokens lists of ids."""
         if not row.captions:
             row.tokens = None
             return
         if None in (row.caption_ids or [None]):
             row.caption_ids = None
         for caption_id in row.caption_ids or [None]:
-            self.check_id(where, row.split, "captions", caption_id)
+            self.check_id(where, "captions", row.split, caption_id)
         self.check_given(where, "tokens", row.tokens)
         if row.tokens is None:
             return
@@ -314,12 +258,53 @@ class Gathering:
             self.problems.add(f"bad tokens (expected {expected})", where, row.tokens)
         row.tokens = tokens
 
-    def check_id(self, where: str, split: str, what: str, value) -> None:
+    def add(self, where: str, row: Record) -> None:
+        """Make a row its image's record, or add its captions to that, if its names can be used."""
+        name = row.file_name
+        if not (isinstance(row.split, str) and SPLIT_NAME.fullmatch(row.split)):
+            expected = "expected lower-case letters, digits, - or _"
+            self.problems.add(f"bad split name ({expected})", where, row.split)
+            return
+        if fault := text_problem(name):
+            self.problems.add(f"bad file name ({fault})", where)
+            return
+        folder = self.folder_of(row.split)
+        path = os.path.normpath(os.path.join(folder, name))
+        if not path.startswith(folder):
+            problem = "file name outside the images folder"
+            if os.path.isabs(name):  # as the other rows' names are, most likely
+                problem += f" (names are relative to {folder}; --images=/ takes absolute ones)"
+            self.problems.add(problem, where, name)
+            if os.path.isabs(name):
+                self.problems.stop(self.cfg.captions)
+            return
+        path = path.removeprefix(folder)
+        if path == name:
+            path = name  # one string in memory: there may be millions
+        record = self.images[folder].setdefault(path, row)
+        if record is row:
+            self.splits[row.split].append(row)
+            self.check_id(where, "images", row.split, row.id)
+            file = locate(row, self.cfg)[0]
+            if not row.place and not self.cfg.embeddings and not os.path.isfile(file):
+                self.problems.add("no such image", where, file)
+            return
+        if record.split != row.split:
+            self.problems.add("image in two splits", where, name)
+            self.check_id(where, "images", row.split, row.id)
+        elif self.cfg.source not in SEVERAL_ROWS:
+            self.problems.add("image listed twice", where, name)
+        elif row.id not in (None, record.id):
+            self.problems.add("image with two ids", where, f"{name}: {record.id!r} and {row.id!r}")
+        record.captions += row.captions
+        record.tokens = (record.tokens or []) + (row.tokens or []) or None
+
+    def check_id(self, where: str, what: str, split: str, value) -> None:
         """Check the id of an image or caption, unique within its split, unless none has one."""
-        ids = self.ids[split, what]
         self.check_given(where, f"ids of {what} in split {split}", value)
         if value is None:
             return
+        ids = self.ids[what, split]
         if type(value) is not int and text_problem(value):
             self.problems.add("bad id (expected a whole number or a text)", where, repr(value))
         elif value in ids:

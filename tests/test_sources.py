@@ -847,10 +847,7 @@ def test_any_text_survives_csv_and_jsonl_or_is_refused(folder, rows):
             dataset="d", source=source, captions=f"{folder}/x.{source}", images=str(folder)
         )
         problems = sources.Problems()
-        gathering = sources.Gathering(cfg, problems)
-        for where, row in sources.read_rows(cfg, problems):
-            gathering.add(where, row)
-        splits = gathering.splits()
+        splits = sources.Gathering(cfg, problems).splits
         assert bool(problems.lines) != usable
         if usable:
             assert {r.file_name: r.captions for r in splits["train"]} == expected
