@@ -325,25 +325,22 @@ class Gathering:
 
 
 def read_rows(cfg, problems: Problems) -> Iterator[Row]:
-    """Yield the rows of all caption files. A row that names no split is of its file's."""
+    """Yield the rows of all caption files: one per split, or if the name has no {split}, one of
+    train. A row that names no split is of its file's."""
+    if not cfg.captions:
+        raise UserError(f"source={cfg.source} needs --captions=FILE")
     reader = READERS[cfg.source]
     if cfg.source == "shards":
         reader = functools.partial(read_shards, setting=cfg.captions)
-    for split, path in caption_files(cfg):
+    for split in SPLITS:
+        path = cfg.captions.replace("{split}", split)
+        is_there = path != cfg.captions and (os.path.exists(path) or glob.glob(path))
+        if split != "train" and not is_there:
+            continue
         for where, record in reader(path, problems):
             if record.split is None:
                 record.split = split
             yield where, record
-
-
-def caption_files(cfg) -> list[tuple[str, str]]:
-    """Return (split, path) of the caption files; without {split} in the name, one of train."""
-    if not cfg.captions:
-        raise UserError(f"source={cfg.source} needs --captions=FILE")
-    files = [(split, cfg.captions.replace("{split}", split)) for split in SPLITS]
-    if "{split}" not in cfg.captions:
-        return files[:1]
-    return [(s, p) for s, p in files if s == "train" or os.path.exists(p) or glob.glob(p)]
 
 
 def open_text(path: str):
