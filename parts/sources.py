@@ -531,31 +531,20 @@ def read_shards(pattern: str, problems: Problems, setting: str) -> Iterator[Row]
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise UserError(f"{pattern}: no .tar files")
-    rows = []  # (tar's name, where, record)
+    rows: list[Row] = []
     for path in paths:
-        name = path.removeprefix(root)
-        for where, record in read_shard(path, problems):
-            record.file_name = f"{name}/{record.file_name}"
-            rows.append((name, where, record))
-    is_repeated = len({record.id for _, _, record in rows}) < len(rows)
-    for name, where, record in rows:
+        rows.extend(read_shard(path, path.removeprefix(root), problems))
+    is_repeated = len({record.id for _, record in rows}) < len(rows)
+    for where, record in rows:
         if is_repeated:
-            record.id = f"{name.removesuffix('.tar')}/{record.id}"
+            tar = record.place[0].removeprefix(root).removesuffix(".tar")
+            record.id = f"{tar}/{record.id}"
         yield where, record
 
 
-def read_shard(path: str, problems: Problems) -> Iterator[Row]:
-    """Yield the images of a tar, with the names that they have there."""
-    samples: dict[str, dict] = defaultdict(dict)  # key -> suffix -> (where, member, text)
-    for where, member, text in tar_members(path, problems):
-        key, suffix = os.path.splitext(os.path.normpath(member.name))
-        suffix = suffix.lower()
-        if suffix in IN_TARS:
-            suffix = "image"
-        if suffix in samples[key]:
-            problems.add("two members of one key and type", where, member.name)
-        samples[key][suffix] = (where, member, text)
-    for key, sample in samples.items():
+def read_shard(path: str, name: str, problems: Problems) -> Iterator[Row]:
+    """Yield the images of a tar: NAME/ and the names that they have there."""
+    for key, sample in tar_samples(path, problems).items():
         first = next(iter(sample.values()))[0]
         caption = None
         if ".txt" in sample:
@@ -563,34 +552,38 @@ def read_shard(path: str, problems: Problems) -> Iterator[Row]:
         elif ".json" in sample:
             where, _, text = sample[".json"]
             caption = (json_object(where, text, problems) or {}).get("caption")
-        if "image" not in sample:
-            if ".txt" in sample or ".json" in sample:
-                members = ", ".join(member.name for _, member, _ in sample.values())
-                problems.add("captions without an image", first, members)
-            continue
-        member = sample["image"][1]
-        record = Record(key, member.name, [caption])
-        record.place = (path, member.offset_data, member.size)
-        others = " ".join(sorted(sample.keys() - {"image"}))
-        if caption is None:
-            record.captions = []
-        if caption is None and others:
-            expected = "KEY.txt or `caption` in KEY.json"
-            record.bad = f"caption: missing (expected {expected}, found {others})"
-        yield first, record
+        if "image" in sample:
+            member = sample.pop("image")[1]
+            record = Record(key, f"{name}/{member.name}", [caption])
+            record.place = (path, member.offset_data, member.size)
+            if caption is None:
+                record.captions = []
+            if caption is None and sample:
+                expected = "KEY.txt or `caption` in KEY.json"
+                others = " ".join(sorted(sample))
+                record.bad = f"caption: missing (expected {expected}, found {others})"
+            yield first, record
+        elif ".txt" in sample or ".json" in sample:
+            members = ", ".join(member.name for _, member, _ in sample.values())
+            problems.add("captions without an image", first, members)
 
 
-def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
-    """Yield (where, member, content if it is a .txt or .json) for a tar's plain files.
+def tar_samples(path: str, problems: Problems) -> dict[str, dict[str, tuple]]:
+    """Return key -> suffix, or `image` -> (where, member, content of a text) of a tar's files.
 
     Links, names that leave the tar, truncated tars and trailing data are problems.
     """
+    samples: dict[str, dict] = defaultdict(dict)
     try:
         with tarfile.open(path, "r:") as tar:
             for i, member in enumerate(tar):
                 where = f"{path}: member {i}"
+                key, suffix = os.path.splitext(os.path.normpath(member.name))
+                suffix = suffix.lower()
+                is_text = suffix in (".txt", ".json")
                 text = b""
-                is_text = member.name.lower().endswith((".txt", ".json"))
+                if suffix in IN_TARS:
+                    suffix = "image"
                 if member.isdir() or MACOS.search(member.name):
                     continue
                 if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -599,10 +592,12 @@ def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.Ta
                     problems.add("neither a plain file nor a folder", where, member.name)
                 elif is_text and member.size > 1 << 20:
                     problems.add("text of more than 1 MiB", where, member.name)
+                elif suffix in samples[key]:
+                    problems.add("two members of one key and type", where, member.name)
                 else:
                     if is_text:
                         text = tar.extractfile(member).read()
-                    yield where, member, text
+                    samples[key][suffix] = (where, member, text)
         with open(path, "rb") as file:  # tarfile stops at what it cannot read, whatever follows
             file.seek(tar.offset)
             rest = file.read(1 << 24)
@@ -611,6 +606,7 @@ def tar_members(path: str, problems: Problems) -> Iterator[tuple[str, tarfile.Ta
             problems.add("tar that is cut, damaged, or two in one", path, detail)
     except (tarfile.TarError, EOFError) as error:
         problems.add("broken tar", path, f"{error} (if it is compressed, gunzip it first)")
+    return samples
 
 
 READERS = {
