@@ -105,17 +105,13 @@ def train_tokenizer(captions: list[str], vocab_size: int, lowercase: bool = Fals
             max_sentence_length=1 << 20, minloglevel=2, num_threads=1,
         )  # fmt: skip
     except RuntimeError as error:
-        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-        most = re.search(r"value <= (\d+)", str(error))
-        if least:
-            raise UserError(
-                f"vocab_size={vocab_size}: the captions have too many characters for it, "
-                f"at least {least[1]} is needed"
-            ) from None
-        if not most:
-            raise UserError(f"vocab_size={vocab_size}: {str(error).strip()}") from None
-        print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
-        return train_tokenizer(captions, int(most[1]), lowercase)
+        reason = str(error).strip()
+        if most := re.search(r"value <= (\d+)", reason):
+            print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
+            return train_tokenizer(captions, int(most[1]), lowercase)
+        if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+            reason = f"the captions have too many characters for it, at least {least[1]} is needed"
+        raise UserError(f"vocab_size={vocab_size}: {reason}") from None
     return Tokenizer(model.getvalue(), lowercase)
 
 
