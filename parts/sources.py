@@ -190,22 +190,19 @@ def token_ids(tokens, tokenizer) -> list[int] | None:
     bos and eos. Return None if it is neither, or not all are the tokenizer's ordinary ids or unk.
     """
     special = {tokenizer.pad, tokenizer.bos, tokenizer.eos} - {tokenizer.unk}
-    ids = tokens
     if isinstance(tokens, str):
-        try:
-            ids = [int(word) for word in re.sub(r"[\[\],]", " ", tokens).split()]
-        except ValueError:
-            return None
-    if not isinstance(ids, list):
+        with contextlib.suppress(ValueError):
+            tokens = [int(word) for word in re.sub(r"[\[\],]", " ", tokens).split()]
+    if not isinstance(tokens, list):
         return None
-    if ids[:1] == [tokenizer.bos]:
-        ids = ids[1:]
-    if ids[-1:] == [tokenizer.eos]:
-        ids = ids[:-1]
-    for i in ids:
+    if tokens[:1] == [tokenizer.bos]:
+        tokens = tokens[1:]
+    if tokens[-1:] == [tokenizer.eos]:
+        tokens = tokens[:-1]
+    for i in tokens:
         if type(i) is not int or not 0 <= i < len(tokenizer) or i in special:
             return None
-    return ids or None
+    return tokens or None
 
 
 class Gathering:
