@@ -90,7 +90,7 @@ def test_texts_are_what_get_text_features_gives(capsys):
     x = encoder.encode_text(TEXTS)
     torch.testing.assert_close(x, getattr(out, "pooler_output", out), atol=1e-5, rtol=1e-5)
     assert torch.allclose(x[:1], encoder.encode_text(TEXTS[:1]), atol=1e-5)  # padding is no part
-    assert not capsys.readouterr().err
+    assert "were cut" not in capsys.readouterr().err
     assert encoder.encode_text([TEXTS[1] * 9]).isfinite().all()  # longer than the model's block
     assert capsys.readouterr().err == "1 captions were cut for CLIP, which reads 32 tokens\n"
 
