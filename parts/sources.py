@@ -11,6 +11,7 @@ name may point outside the images folder.
 `cfg` is the settings of prepare.py (configurator.Config).
 """
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -44,7 +45,7 @@ NEEDED = ("train", "val")  # the splits that must exist and have captions
 LONGEST = 2000  # characters of a caption or a name
 SPACES = re.compile(r"[ \t-\r]+")  # of ASCII; other spaces are the user's text, as in Chinese
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
-IN_TARS = ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff".split()  # images
+IN_TARS = ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .heic .heif .jp2".split()
 MACOS = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS adds to archives
 SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
 
@@ -101,11 +102,9 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     problems = Problems()
     splits = Gathering(cfg, problems, tokenizer).splits
     problems.stop(cfg.captions)
-    if not splits.get("train"):
-        raise UserError(f"{cfg.captions}: no images in split `train`")
     for split, records in splits.items():
         check_captions(records, split, cfg)
-    if "val" not in splits and cfg.val_images:
+    if "val" not in splits and cfg.val_images and "train" in splits:
         train = splits["train"]
         n = cfg.val_images
         if n >= len(train):
@@ -113,16 +112,17 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
         chosen = set(random.Random(cfg.seed).sample(range(len(train)), n))
         splits["train"] = [r for i, r in enumerate(train) if i not in chosen]
         splits["val"] = [r for i, r in enumerate(train) if i in chosen]
-    if "val" not in splits:
+    for needed in NEEDED:
+        if needed in splits:
+            continue
         files = [set(glob.glob(cfg.captions.replace("{split}", s))) for s in ("*", *SPLITS)]
         others = sorted(files[0].difference(*files[1:])) + sorted(splits.keys() - set(SPLITS))
-        hint = ""
+        hints = ["--val_images=N moves some of train there"] * (needed == "val")
         if others:
-            hint = f"if it is {' or '.join(others[:3])}, rename that; "
-        raise UserError(
-            f"{cfg.captions}: no images in split `val`, only in {', '.join(splits)}: "
-            f"{hint}--val_images=N moves some of train there"
-        )
+            hints.insert(0, f"if it is {' or '.join(others[:3])}, rename that")
+        known = f", only in {', '.join(splits)}" * bool(splits)
+        hint = "; ".join(hints) or "check --captions"
+        raise UserError(f"{cfg.captions}: no images in split `{needed}`{known}: {hint}")
     return splits
 
 
@@ -133,9 +133,9 @@ def check_captions(records: list[Record], split: str, cfg) -> None:
     """
     is_captioned = split in NEEDED or any(record.captions for record in records)
     for record in records:
-        if not is_captioned:
+        if record.captions or not is_captioned:
             record.bad = ""
-        elif not record.captions:
+        else:
             record.bad = record.bad or "caption: missing"
     if all(record.bad for record in records):
         raise UserError(
@@ -228,15 +228,26 @@ class Gathering:
             record.id = number
 
     def check_captions(self, where: str, row: Record) -> None:
-        """Tidy up captions, make their tokens lists of ids, and check both, and captions' ids."""
+        """Tidy up captions, make their tokens lists of ids, and check both, and captions' ids.
+
+        An image may have no caption, which some files say by an empty one: it is left out. So are
+        all that cannot be used in a tar, where nobody can repair a line.
+        """
+        is_kept = []
         for i, caption in enumerate(row.captions):
             if isinstance(caption, str):
                 row.captions[i] = SPACES.sub(" ", caption).strip(" ")
             fault = text_problem(row.captions[i])
-            if fault and row.place:  # in a tar, nobody can repair a line
+            is_kept.append(not fault)
+            if fault in ("missing", "empty") or (fault and row.place):
                 row.bad = f"caption: {fault}"
+                self.problems.add(f"left out, a caption ({fault})", where, is_mended=True)
             elif fault:
                 self.problems.add(f"bad caption ({fault})", where)
+        if not all(is_kept):
+            for name in ("captions", "caption_ids", "tokens"):
+                if values := getattr(row, name):
+                    setattr(row, name, list(itertools.compress(values, is_kept)))
         if not row.captions:
             row.tokens = None
             return
@@ -292,7 +303,8 @@ class Gathering:
         elif self.cfg.source not in SEVERAL_ROWS:
             self.problems.add("image listed twice", where, name)
         elif row.id not in (None, record.id):
-            self.problems.add("image with two ids", where, f"{name}: {record.id!r} and {row.id!r}")
+            problem = "image with two ids (if they number captions, rename the column)"
+            self.problems.add(problem, where, f"{name}: {record.id!r} and {row.id!r}")
         record.captions += row.captions
         record.tokens = (record.tokens or []) + (row.tokens or []) or None
 
@@ -329,10 +341,9 @@ def read_rows(cfg, problems: Problems) -> Iterator[Row]:
     reader = READERS[cfg.source]
     if cfg.source == "shards":
         reader = functools.partial(read_shards, setting=cfg.captions)
-    for split in SPLITS:
+    for split in SPLITS if "{split}" in cfg.captions else ("train",):
         path = cfg.captions.replace("{split}", split)
-        is_there = path != cfg.captions and (os.path.exists(path) or glob.glob(path))
-        if split != "train" and not is_there:
+        if path != cfg.captions and not (os.path.exists(path) or glob.glob(path)):
             continue
         for where, record in reader(path, problems):
             if record.split is None:
@@ -341,9 +352,13 @@ def read_rows(cfg, problems: Problems) -> Iterator[Row]:
 
 
 def open_text(path: str):
-    """Open UTF-8, with or without a BOM. Other bytes become surrogates, which `text_problem`
-    refuses."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    """Open UTF-8, with or without a BOM, or UTF-16 with one. Other bytes become surrogates, which
+    `text_problem` refuses."""
+    encoding = "utf-8-sig"
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # some spreadsheets' way
+            encoding = "utf-16"
+    return open(path, encoding=encoding, errors="surrogateescape", newline="")
 
 
 def columns_of(names: list[str], where: str) -> tuple[str, str]:
@@ -378,7 +393,7 @@ def read_csv(path: str, problems: Problems) -> Iterator[Row]:
     """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
     csv.field_size_limit(2**31 - 1)  # by default, 131,072 characters: too few for some columns
     with open_text(path) as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, skipinitialspace=True)
         header: list[str] = []
         cells: list[str] | None = []
         while cells is not None:
@@ -438,7 +453,8 @@ def read_flickr(path: str, problems: Problems) -> Iterator[Row]:
     bar = ","
     is_numbered = False
     with open_text(path) as file:
-        for number, line in enumerate(map(str.strip, file), 1):
+        for number, line in enumerate(file, 1):
+            line = line.strip(" \t\r\n")  # other spaces are the user's text
             where = f"{path}:{number}"
             name, found, caption = line.partition("\t" if "\t" in line else bar)
             if number == 1 and (header := FLICKR_HEADER.fullmatch(line)):
@@ -458,7 +474,7 @@ def read_flickr(path: str, problems: Problems) -> Iterator[Row]:
             elif line and (is_numbered or not found):
                 problems.add("neither a tab nor the header's columns", where, line)
                 continue
-            caption = caption.strip()
+            caption = caption.strip(" ")
             if found == "," and caption[:1] == caption[-1:] == '"':
                 caption = caption[1:-1].replace('""', '"')
             if line:
@@ -480,10 +496,11 @@ def read_karpathy(path: str, problems: Problems) -> Iterator[Row]:
     """Karpathy's JSON of COCO, Flickr8k or Flickr30k (2015); `restval` joins train."""
     for where, image in entries(read_json(path), "images", path, problems):
         try:
-            captions = [sentence.get("raw") for sentence in image["sentences"]]
-            caption_ids = [sentence.get("sentid") for sentence in image["sentences"]]
-        except (KeyError, TypeError, AttributeError):
-            problems.add("no list of `sentences`", where)
+            sentences = image.get("sentences") or []  # test images may have none
+            captions = [sentence.get("raw") for sentence in sentences]
+            caption_ids = [sentence.get("sentid") for sentence in sentences]
+        except (TypeError, AttributeError):
+            problems.add("`sentences` is not a list of objects", where)
             continue
         name = image.get("filename")
         if name and image.get("filepath"):

@@ -505,6 +505,89 @@ def test_shards_without_a_usable_caption_say_what_was_expected(here):
         prepare.main(Config(dataset="mine", source="shards", captions="a.tar", val_images=1))
 
 
+def test_images_without_a_caption_are_left_out_and_named(here, capsys):
+    """Tables and JSON say by an empty caption that there is none: one of them stopped the rest."""
+    photos(here / "photos", ["f.png", "g.png", "h.png"])
+    Path("x.csv").write_text("image,caption\nf.png,a dog\ng.png,\nh.png,\u200b\nh.png, a cat\n")
+    Path("x.jsonl").write_text(
+        '{"image": "f.png", "captions": [" ", "a dog"], "id": 1}\n'
+        '{"image": "g.png", "caption": null, "id": 2}\n{"image": "h.png", "text": "a cat", "id": 3}'
+    )
+    names = ("f.png", "g.png", "h.png")
+    for name, count in (("x.csv", 2), ("x.jsonl", 1)):
+        cfg = Config(
+            dataset="d", source=Path(name).suffix[1:], captions=name, images="photos", val_images=1
+        )
+        splits = sources.read(cfg)
+        records = sorted(splits["train"] + splits["val"], key=lambda r: r.file_name)
+        assert [r.captions for r in records] == [["a dog"], [], ["a cat"]]
+        reasons = {"x.csv": "caption: empty", "x.jsonl": "caption: missing"}
+        assert [r.bad for r in records] == ["", reasons[name], ""]
+        assert [r.file_name for r in records] == list(names)
+        assert f"left out, a caption (empty): {count}\n  {name}:" in capsys.readouterr().err
+    own = {"image_id": 1, "id": 5, "caption": " "}, {"image_id": 1, "id": 6, "caption": "a dog"}
+    images = [{"id": 1, "file_name": "f.png"}, {"id": 2, "file_name": "g.png"}]
+    Path("x.json").write_text(json.dumps({"images": images, "annotations": own}))
+    cfg = Config(dataset="d", source="coco", captions="x.json", images="photos", val_images=1)
+    records = [r for records in sources.read(cfg).values() for r in records]
+    (record,) = [r for r in records if r.captions]
+    assert (record.captions, record.caption_ids) == (["a dog"], [6])
+
+
+def test_tables_as_spreadsheets_write_them(here):
+    """UTF-16, and spaces after commas; all other spaces stay as they were written."""
+    photos(here / "photos", ["f.png", "g.png"])
+    table = 'image, caption\nf.png, "a red, big ball"\ng.png, 一只狗\u3000\n'
+    for encoding in ("utf-16", "utf-8-sig"):
+        Path("x.csv").write_text(table, encoding)
+        cfg = Config(dataset="d", source="csv", captions="x.csv", images="photos", val_images=1)
+        captions = [r.captions[0] for records in sources.read(cfg).values() for r in records]
+        assert sorted(captions) == ["a red, big ball", "一只狗\u3000"]
+    Path("x.token").write_text("f.png#0\t\u3000一只狗\u00a0 \ng.png#0\ta cat\r\n", "utf-8")
+    cfg = Config(dataset="d", source="flickr", captions="x.token", images="photos", val_images=1)
+    captions = [r.captions[0] for records in sources.read(cfg).values() for r in records]
+    assert sorted(captions) == ["a cat", "\u3000一只狗\u00a0"]
+
+
+def test_karpathys_test_images_may_have_no_sentences(here):
+    photos(here / "photos", ["f.png", "g.png", "h.png"])
+    entries = [
+        {"filename": "f.png", "split": "train", "imgid": 0, "sentences": [{"raw": "a dog"}]},
+        {"filename": "g.png", "split": "val", "imgid": 1, "sentences": [{"raw": "a cat"}]},
+        {"filename": "h.png", "split": "test", "imgid": 2},
+    ]
+    Path("x.json").write_text(json.dumps({"images": entries}))
+    cfg = Config(dataset="d", source="karpathy", captions="x.json", images="photos")
+    (record,) = sources.read(cfg)["test"]
+    assert (record.captions, record.bad) == ([], "")
+
+
+def test_an_image_of_a_tar_that_cannot_be_decoded_is_left_out(here, clip):
+    """A single .heic among thousands: its caption had no image, and nothing was written."""
+    photos(here, ["f.png"])
+    data = (here / "f.png").read_bytes()
+    members = {f"{i}.png": data for i in range(3)} | {f"{i}.txt": b"a dog" for i in range(4)}
+    shard_of("a.tar", members | {"3.heic": b"\0\0\0 ftypheic"})
+    prepare.main(Config(dataset="mine", source="shards", captions="a.tar", val_images=1, clip=clip,
+                        workers=0, max_bad=0.5, vocab_size=50))  # fmt: skip
+    assert "3.heic,no image in a known format" in Path("data/mine/skipped.csv").read_text()
+
+
+def test_a_split_by_another_name_is_pointed_out(here):
+    Path("training.csv").write_text("image,caption\n0.jpg,a dog\n")
+    Path("val.csv").write_text("image,caption\n1.jpg,a dog\n")
+    cfg = own(["0.jpg", "1.jpg"], source="csv", captions="{split}.csv")
+    with pytest.raises(UserError, match="`train`, only in val: if it is training.csv, rename that"):
+        prepare.main(cfg)
+    Path("one.csv").write_text("image,caption,split\n0.jpg,a dog,training\n1.jpg,x,val\n")
+    with pytest.raises(UserError, match="`train`, only in training, val: if it is training, re"):
+        prepare.main(own(["0.jpg", "1.jpg"], source="csv", captions="one.csv"))
+    with pytest.raises(UserError, match="no_{split}.csv: no images in split `train`: check --cap"):
+        prepare.main(own(["0.jpg", "1.jpg"], source="csv", captions="no_{split}.csv"))
+    Path("training.csv").unlink()
+    Path("val.csv").unlink()
+
+
 def test_a_val_split_by_another_name_is_pointed_out(here):
     for name in ("train", "validation"):
         Path(f"{name}.csv").write_text("image,caption\n0.jpg,a dog\n")
@@ -548,13 +631,10 @@ def problems_of(capsys, **settings) -> tuple[str, str]:
 
 CSV = "image,caption\nf.png,fine\n"
 BAD_CSV = {
-    "f.png,\n": ["bad caption (empty): 1", "x.csv:3"],
-    "f.png,   \n": ["bad caption (empty)", "x.csv:3"],
-    "f.png,\u200b\n": ["bad caption (empty)", "x.csv:3"],
     'f.png,"a\nb"\nf.png,"a\0b"\n': ["bad caption (a control character", "x.csv:5"],
     "f.png,\x1b[31mred\n": ["bad caption (a control character", "x.csv:3"],
     f"f.png,{'x' * 3000}\n": ["bad caption (more than 2000 characters)", "x.csv:3"],
-    f"f.png,{'x' * 1_000_000}\nf.png,\n": [
+    f"f.png,{'x' * 1_000_000}\nf.png,a\0\n": [
         "bad caption (more than 2000 characters): 1\n  x.csv:3",
         "x.csv:4",
     ],
@@ -598,11 +678,12 @@ def test_a_csv_without_header_or_rows(here, capsys, text):
 
 def test_twenty_of_each_sort_are_listed_and_all_are_counted(here, capsys):
     photos(here / "photos", ["f.png"])
-    rows = [f"none{i}.png,x" for i in range(50)] + ["f.png,"] * 30
+    rows = [f"none{i}.png,x" for i in range(50)] + ["f.png,\0"] * 30
     Path("x.csv").write_text("image,caption\n" + "\n".join(rows))
     listed, error = problems_of(capsys, source="csv", captions="x.csv")
     assert "no such image: 50" in listed and "and 30 more" in listed
-    assert "bad caption (empty): 30" in listed and "and 10 more" in listed
+    assert "bad caption (a control character, or not UTF-8): 30" in listed
+    assert "and 10 more" in listed
     assert listed.count("x.csv:") == 40
     assert "x.csv: 80 problems" in error
 
@@ -624,12 +705,13 @@ def test_splits_and_ids(here, capsys):
     Path("x.jsonl").write_text(text)
     listed, _ = problems_of(capsys, source="jsonl", captions="x.jsonl")
     for expected in (
-        "image with two ids: 1\n  x.jsonl:2: f.png: 1 and '1'",
+        "image with two ids (if they number captions, rename the column): 1\n  x.jsonl:2: f.png: "
+        "1 and '1'",
         "image in two splits: 2\n  x.jsonl:3",
         "id of two images: 1\n  x.jsonl:4",
         "bad split name (expected lower-case letters, digits, - or _): 1\n  x.jsonl:5: ../../x",
         "bad caption (not text): 1\n  x.jsonl:5",
-        "bad file name (not text): 1\n  x.jsonl:6", "bad caption (missing): 1\n  x.jsonl:7",
+        "bad file name (not text): 1\n  x.jsonl:6", "left out, a caption (missing): 1\n  x.jsonl:7",
         "bad id (expected a whole number or a text): 1\n  x.jsonl:7: 1.5",
         "not a JSON object: 2\n  x.jsonl:8", "  x.jsonl:9: {broken",
     ):  # fmt: skip
@@ -684,7 +766,7 @@ def test_coco_and_karpathy_entries_are_named(here, capsys):
     Path("x.json").write_text(json.dumps(content))
     listed, _ = problems_of(capsys, source="karpathy", captions="x.json")
     for expected in ("image listed twice: 1\n  x.json: images[1]",
-                     "no list of `sentences`: 1\n  x.json: images[2]",
+                     "`sentences` is not a list of objects: 1\n  x.json: images[2]",
                      "outside the images folder: 1\n  x.json: images[3]"):  # fmt: skip
         assert expected in listed
     for text in ("[]", '{"images": 3}', "{", "[" * 10_000, '"\xff"'):
@@ -708,7 +790,7 @@ def test_hostile_tars(here, capsys):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         add(tar, "5.txt", b"x")
-        add(tar, "5.heic", data)
+        add(tar, "5.html", data)
     with tarfile.open("t/1.tar", "w") as tar:
         add(tar, "3.png", data)
         add(tar, "3.json", b"{")
@@ -892,7 +974,7 @@ def test_an_earlier_dataset_stays_until_the_source_is_good(here, clip):
     prepare.main(Config(**options))
     before = made()
     with open("val.csv", "a") as file:
-        print("f.png,,", file=file)
+        print("f.png,\0,", file=file)
     with pytest.raises(UserError, match="1 problem"):
         prepare.main(Config(**options))
     assert made() == before
