@@ -56,6 +56,7 @@ FORMAT = {  # of an entry of predictions.json; all but image_id and caption may 
     "facts": {"stated": [str], "true": [str]},
     "attention": [[int | float]],  # (tokens, prefix positions)
     "grid": int,  # patches per side, 0 for none
+    "uncropped": bool,  # the encoder saw the whole image, not only the square in its middle
 }
 
 
@@ -95,7 +96,8 @@ SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF
 def thumbnail(path: Path) -> tuple[str, bytes] | None:
     """Return the type and bytes of an image of at most SIDE pixels per side, None if it is broken.
 
-    A small file is returned as it is, and so is any file if pillow is not installed.
+    A file of at most SMALL bytes that a browser shows is returned unchecked, as it is. So is a
+    larger one if pillow is not installed.
     """
     with open(path, "rb") as file:
         content = file.read(SMALL + 1)
@@ -120,8 +122,8 @@ def pack_attention(attention: list[list[float]], grid: int | None) -> dict:
     """Return attention (tokens, P) as one byte per weight, scaled by each token's largest.
 
     The P prefix positions are grid x grid patches, perhaps after a class token; grid=0 means that
-    they are not patches, None that P has to tell. It only can from 4 x 4 on: ten embeddings of a
-    pooled image are not a class token and 3 x 3.
+    they are not patches. With None, the grid is guessed from P, but only from 4 x 4 on: ten
+    embeddings of a pooled image are not a class token and 3 x 3.
     """
     weights = np.nan_to_num(np.asarray(attention, np.float64)).clip(0, 1)
     P = weights.shape[1]
@@ -142,7 +144,7 @@ def pack_attention(attention: list[list[float]], grid: int | None) -> dict:
 def embed(data) -> str:
     """Return JSON that may stand in a <script>, whatever its strings hold.
 
-    Numbers are rounded to four digits. NaN and infinity, which JSON does not have, become null.
+    Numbers are rounded to four decimal places. NaN and infinity, which JSON lacks, become null.
     """
     rounded = json.loads(
         json.dumps(data), parse_float=lambda x: round(float(x), 4), parse_constant=lambda x: None

@@ -317,8 +317,9 @@ class Captioner:
         if self.cfg.attention:
             maps = self.attention(embeddings, [best.ids for best, *_ in captions])
             side = math.isqrt(self.meta.n_positions) * self.model.cfg.is_grid
+            uncropped = self.meta.encoder_kind == "siglip"
             for p, attention in zip(predictions, maps, strict=True):
-                p |= {"attention": attention, "grid": side}
+                p |= {"attention": attention, "grid": side, "uncropped": uncropped}
         return predictions
 
     def rerank(self, embeddings, items, captions: list[list[Caption]]) -> list[list[Caption]]:

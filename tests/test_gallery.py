@@ -233,6 +233,30 @@ class Browser:
 ENTER, ESCAPE, TAB, LEFT, RIGHT = "\ue007", "\ue00c", "\ue004", "\ue012", "\ue014"
 
 
+def test_the_heat_map_lies_on_what_the_encoder_saw(tmp_path):
+    """CLIP crops an image to a square, SigLIP squeezes it into one."""
+    if not shutil.which("chromedriver"):
+        pytest.skip("no chromedriver: apt-get install chromium chromium-driver")
+    image = pytest.importorskip("PIL.Image", reason="needs requirements-clip.txt")
+    image.new("RGB", (400, 200), "red").save(tmp_path / "wide.png")
+    entry = {"file_name": "wide.png", "caption": "a", "tokens": ["a"], "logprobs": [-0.1]}
+    entry |= {"attention": [[0.25] * 4], "grid": 2}
+    entries = [entry | {"image_id": i, "uncropped": bool(i)} for i in range(2)]
+    gallery.write(entries, tmp_path / "page.html", images_root=tmp_path)
+    browser = Browser(tmp_path / "profile", 1280, 900, False)
+    try:
+        browser.post("/url", url=(tmp_path / "page.html").as_uri())
+        for i, ratio in enumerate((1, 2)):
+            browser.click(f"#cards li:nth-child({i + 1}) .card")
+            browser.wait("return document.querySelector('#heat').style.height !== ''", True)
+            style = "parseFloat(document.querySelector('#heat').style[side])"
+            size = browser.js(f"return ['width', 'height'].map((side) => {style})")
+            assert size[0] == pytest.approx(ratio * size[1], rel=0.02) and size[1] > 50
+            browser.type(ESCAPE)
+    finally:
+        browser.close()
+
+
 @pytest.mark.parametrize(("width", "height", "phone"), [(1280, 900, False), (390, 844, True)])
 def test_in_a_browser(tmp_path, width, height, phone):
     if not shutil.which("chromedriver"):
