@@ -61,7 +61,7 @@ class Record:
     tokens: list | None = None  # each caption's ids, by the user's own tokenizer
     facts: list[str] | None = None  # what is true of a built-in scene
     place: tuple | None = None  # (path, offset, size) of an image in a tar shard
-    bad: str = ""  # why its captions cannot be used
+    bad: str = ""  # why it is left out: broken, or without a caption that can be used
     split: str | None = None  # in the source: its image is in that split's folder
 
 
@@ -75,13 +75,13 @@ class Problems:
         self.lines: dict[str, list[str]] = {}  # problem -> a line for each time
         self.count = 0  # of those that stop us
 
-    def add(self, problem: str, where: str, detail: object = "", is_mended: bool = False) -> None:
-        self.count += not is_mended
+    def add(self, problem: str, where: str, detail: object = "", is_warning: bool = False) -> None:
+        self.count += not is_warning
         text = f"  {where}: {str(detail)[:80]}".removesuffix(": ")
         self.lines.setdefault(problem, []).append(text)
 
     def stop(self, source: str) -> None:
-        """List the problems on stderr and raise UserError, if there are any that are not mended."""
+        """List the problems on stderr. Raise UserError if any is more than a warning."""
         for problem, lines in self.lines.items():
             more = [f"  and {len(lines) - 20} more"] * (len(lines) > 20)
             for line in (f"{problem}: {len(lines)}", *lines[:20], *more):
@@ -230,9 +230,11 @@ class Gathering:
     def check_captions(self, where: str, row: Record) -> None:
         """Tidy up captions, make their tokens lists of ids, and check both, and captions' ids.
 
-        An image may have no caption, which some files say by an empty one: it is left out. So are
-        all that cannot be used in a tar, where nobody can repair a line.
+        Empty captions are dropped: some files have them for images without one. In a tar, all that
+        cannot be used are dropped, because the user cannot correct a line there.
         """
+        if row.tokens is not None and len(row.tokens) != len(row.captions):
+            self.problems.add("bad tokens (expected those of each caption)", where, row.tokens)
         is_kept = []
         for i, caption in enumerate(row.captions):
             if isinstance(caption, str):
@@ -241,7 +243,7 @@ class Gathering:
             is_kept.append(not fault)
             if fault in ("missing", "empty") or (fault and row.place):
                 row.bad = f"caption: {fault}"
-                self.problems.add(f"left out, a caption ({fault})", where, is_mended=True)
+                self.problems.add(f"left out, a caption ({fault})", where, is_warning=True)
             elif fault:
                 self.problems.add(f"bad caption ({fault})", where)
         if not all(is_kept):
@@ -252,7 +254,7 @@ class Gathering:
             row.tokens = None
             return
         if None in (row.caption_ids or [None]):
-            row.caption_ids = None
+            row.caption_ids = None  # they count only if every caption has one
         for caption_id in row.caption_ids or [None]:
             self.check_id(where, "captions", row.split, caption_id)
         self.check_given(where, "tokens", row.tokens)
@@ -261,7 +263,7 @@ class Gathering:
         if not self.tokenizer:
             raise UserError(f"{where}: tokens need --tokenizer=FILE, the model that made them")
         tokens = [token_ids(caption, self.tokenizer) for caption in row.tokens]
-        if None in tokens or len(tokens) != len(row.captions):
+        if None in tokens:
             expected = f"ids of {self.cfg.tokenizer}, none of them pad, bos or eos"
             self.problems.add(f"bad tokens (expected {expected})", where, row.tokens)
         row.tokens = tokens
@@ -617,7 +619,7 @@ def tar_samples(path: str, problems: Problems) -> dict[str, dict[str, tuple]]:
             rest = file.read(1 << 24)
         if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
             detail = f"no end mark at byte {tar.offset} of {os.path.getsize(path)}"
-            problems.add("tar that is cut, damaged, or two in one", path, detail)
+            problems.add("truncated or concatenated tar (download or write it again)", path, detail)
     except (tarfile.TarError, EOFError) as error:
         problems.add("broken tar", path, f"{error} (if it is compressed, gunzip it first)")
     return samples
@@ -758,7 +760,7 @@ def transfer(url: str, part: Path, size: int) -> str:
         raise UserError(f"{url}: HTTP error {status}: correct the address in `downloads`")
     if error == 33 or status == "416" or 0 < size < size_of(part):
         part.unlink(missing_ok=True)
-        return "the server cannot send the rest of this file"
+        return "the server cannot resume this file, starting over"
     if error:
         return f"curl error {error}"
     return "" if size in (0, size_of(part)) else f"{size_of(part)} of {size} bytes arrived"

@@ -238,6 +238,22 @@ def test_tokens_are_one_list_of_whole_numbers():
         assert sources.token_ids(tokens, ids) is None
 
 
+def test_every_caption_needs_its_own_tokens(here, capsys):
+    """An empty caption was dropped before they were counted, and the last of four lists with it."""
+    photos(here / "photos", ["f.png", "g.png"])
+    rows = [{"captions": ["", "x y", "z"], "tokens": [[5], [6], [7], [8]]},
+            {"captions": ["", "x y"], "tokens": [[5], [6]]}]  # fmt: skip
+    lines = [
+        json.dumps({"image": f"{name}.png"} | row) for name, row in zip("fg", rows, strict=True)
+    ]
+    Path("x.jsonl").write_text("\n".join(lines))
+    cfg = Config(dataset="d", source="jsonl", captions="x.jsonl", images="photos", val_images=1)
+    with pytest.raises(UserError, match="x.jsonl: 1 problem"):
+        sources.read(cfg, Ids(pad=0, bos=1, eos=2, unk=3))
+    listed = "bad tokens (expected those of each caption): 1\n  x.jsonl:1"
+    assert listed in capsys.readouterr().err
+
+
 def test_the_users_own_tokens_and_tokenizer(here, clip, capsys):
     every_photo(here / "photos")
     texts = [c for split in PHOTOS.values() for captions in split.values() for c in captions]
@@ -828,7 +844,8 @@ def test_no_sample_of_a_truncated_or_damaged_tar_is_lost_silently(here, capsys):
     for data in (damaged, whole[:sixth], whole[: sixth + 100], whole + whole):
         Path("s.tar").write_bytes(data)
         listed, _ = problems_of(capsys, source="shards", captions="s.tar")
-        assert "tar that is cut, damaged, or two in one: 1\n  s.tar: no end mark at byte" in listed
+        problem = "truncated or concatenated tar (download or write it again)"
+        assert f"{problem}: 1\n  s.tar: no end mark at byte" in listed
     Path("s.tar").write_bytes(whole[: sixth + 512 + 100])  # within a text, which is read at once
     assert "broken tar: 1\n  s.tar: un" in problems_of(capsys, source="shards", captions="s.tar")[0]
     Path("s.tar").write_bytes(gzip.compress(whole))
