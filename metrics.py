@@ -234,8 +234,8 @@ class CiderD:
         return scores
 
 
-# Articles, conjunctions and prepositions that end fewer than one in 1,000 of the captions that
-# people wrote for Flickr8k. Others ("down", "outside") do end captions.
+# Articles, conjunctions, prepositions and the like that end fewer than one in 1,000 of the captions
+# that people wrote for Flickr8k. Others ("down", "outside") do end captions.
 BAD_ENDINGS = frozenset(
     "a an the his its their this that these those some every and or but nor as than because if "
     "while when where which who about after against among at before between beside for from in "
@@ -414,7 +414,7 @@ def evaluate(
     The line holds the scores, METEOR's if Java can run, how varied the captions are, and the
     signature. training: token strings of the training captions, which are not novel.
     """
-    tokens = options["tokens"]
+    tokens = options.setdefault("tokens", "words")
     options["meteor"] = java_missing(tokens) is None
     if tokens == "words" and tokenizer_for([hypotheses.values()]) is characters:
         print("captions in a script without spaces are one token each: set --tokens=characters")
@@ -445,7 +445,7 @@ class MetricsConfig:
 
 
 def read_rows(path: str) -> list[dict]:
-    """Return the rows of COCO annotations, COCO results or our CSV; a caption may not be text."""
+    """Return the rows of COCO annotations, COCO results or our CSV. A caption may be any value."""
     if Path(path).suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # by default, a caption ends at 131,072 characters
         try:
@@ -520,11 +520,12 @@ def main(cfg: MetricsConfig) -> None:
         frequencies = CiderD(groups, tokenize=str.split)
     options = {"java": cfg.java, "tokens": cfg.tokens, "document_frequencies": frequencies}
     line, _ = evaluate(hypotheses, references, training, **options)
+    (captions,) = token_strings([hypotheses.values()], cfg.java, cfg.tokens)
     counts = {
         "images": len(hypotheses),
         "references": sum(len(references[i]) for i in hypotheses),
         "references_without_predictions": len(references) - len(hypotheses),
-        "empty_captions": sum(not tokenize(caption) for caption in hypotheses.values()) - not_text,
+        "empty_captions": captions.count("") - not_text,
         "not_text": not_text,
         "references_not_text": references_not_text,
     }
@@ -538,7 +539,7 @@ def main(cfg: MetricsConfig) -> None:
         if count:
             print(f"{count:>8,} {name.replace('_', ' ')}")
     if len(references) > len(hypotheses) and cfg.df == "references":
-        print("CIDEr counts document frequencies in all references; the toolkit: --df=scored")
+        print("CIDEr's document frequencies are of all references; the toolkit's: --df=scored")
     print(json.dumps(line | {"counts": counts}))
 
 
