@@ -324,10 +324,12 @@ class Training:
         random = self.device.gather(self.device.random_states())
         if not self.device.is_first:
             return
-        rest = {"step": self.progress.step, "scores": self.progress.scores}
         parts = (self.split.tokenizer, self.split.meta, asdict(self.cfg))
         if is_best:
-            best = checkpoint.pack(self.average.model, *parts, **rest)
+            best = checkpoint.pack(
+                self.average.model, *parts, step=self.progress.step, scores=self.progress.scores,
+                metrics=metrics.VERSION,
+            )  # fmt: skip
             checkpoint.save(self.best_path, best)
         averaged = self.average.model.state_dict() if self.cfg.ema else {}
         last = checkpoint.pack(
@@ -346,8 +348,8 @@ class Training:
         state = self.load_weights(self.last_path, hint)
         if "optimizer" not in state:
             raise UserError(f"{self.last_path} holds no optimizer: only a last.pt can be resumed")
-        now = asdict(self.cfg)
-        self.notes += checkpoint.changed_settings(state["config"], now, but=("resume", "downloads"))
+        ignored = ("resume", "downloads")
+        self.notes += checkpoint.changed_settings(state["config"], asdict(self.cfg), ignored)
         before = state["config"].get("optimizer", "adamw")
         if before != self.cfg.optimizer:
             flag = f"--optimizer={before}"
@@ -378,7 +380,7 @@ class Training:
         trained_on = from_dict(Meta, content["meta"], f"{path}: meta")
         self.split.meta.refuse_other(trained_on, path, hint)
         now = asdict(self.model.cfg)
-        changed = checkpoint.changed_settings(content["model_config"], now, but=("dropout",))
+        changed = checkpoint.changed_settings(content["model_config"], now, ignored=("dropout",))
         if changed:
             raise UserError(f"{path} is of another architecture: {'; '.join(changed)}")
         checkpoint.fill(self.model, content["model"], path)

@@ -125,7 +125,7 @@ def load_exported(path: Path) -> dict:
 
 
 def fill(model: nn.Module, weights: dict, path: Path | str) -> None:
-    """Load weights into the model, all of them and no others. Raise UserError if they don't fit."""
+    """Load weights into the model, all of them and no others. Raise UserError if they differ."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -133,12 +133,12 @@ def fill(model: nn.Module, weights: dict, path: Path | str) -> None:
         raise UserError(f"{path}: its weights do not fit its settings: {reason}") from None
 
 
-def changed_settings(before: dict, now: dict, but: tuple[str, ...]) -> list[str]:
-    """Return a line for each setting that differs, apart from some."""
+def changed_settings(before: dict, now: dict, ignored: tuple[str, ...]) -> list[str]:
+    """Return a line for each setting that differs, except the ignored ones."""
     return [
         f"{name} was {value}, is {now.get(name)}"
         for name, value in before.items()
-        if name not in but and now.get(name) != value
+        if name not in ignored and now.get(name) != value
     ]
 
 
@@ -146,7 +146,7 @@ def move_earlier_run(folder: Path) -> None:
     """Move the checkpoints and log of an earlier run in `folder`, which is not resumed, to
     `folder`/previous, or previous-2 and so on if there are earlier ones."""
     names = [name for name in ("ckpt.pt", "last.pt", "log.jsonl") if (folder / name).exists()]
-    if names in ([], ["log.jsonl"]):  # nothing was trained
+    if not names:
         return
     previous = folder / "previous"
     numbers = itertools.count(2)

@@ -5,7 +5,7 @@
 
 Run it in the repository's folder. With --gpt2, the decoder is a GPT-2 that transformers opens,
 prefix.safetensors is the mapper, and the card, README.md, has the code that captions an image with
-them. An encoder that is a folder is copied. Needs the extras: pip install -r requirements-clip.txt
+them; an encoder that is a folder is copied. Needs the extras: pip install -r requirements-clip.txt
 """
 
 if __name__ == "__main__":
@@ -19,7 +19,6 @@ from pathlib import Path
 from configurator import Config, configure, from_dict
 from data import Meta
 from decode import default_max_len, load_captioner
-from metrics import VERSION
 from model import ClipLM
 from parts.common import UserError, extras, or_shipped, run, sha256, write_text
 from parts.encoder import OUTPUTS, TOWERS
@@ -119,7 +118,7 @@ def card(model: ClipLM, meta: Meta, content: dict, usage: str, longest: int) -> 
         P=model.cfg.prefix_length, usage=usage, data="; ".join(data), longest=longest,
         settings="\n".join(settings), scores="\n".join(scores), step=content["step"],
         captioned=min(config["eval_images"] or validation, validation), validation=validation,
-        metrics=VERSION,
+        metrics=content.get("metrics", "unknown"),
     )  # fmt: skip
 
 

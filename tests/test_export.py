@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import SMALL, many, mistake, picture, tiny_gpt2
 
+import metrics
 import prepare
 import sample
 import train
@@ -68,6 +69,7 @@ def test_an_exported_checkpoint_is_the_same(trained):
     card = Path("shared/README.md").read_text()
     assert "train 16 images, 16 captions; val 8 images" in card and "n_embd = 32" in card
     assert f"CIDEr {content['scores']['CIDEr']:.4f}\n" in card
+    assert f"metrics {content['metrics']}\n" in card and content["metrics"] == metrics.VERSION
 
 
 def test_sample_captions_with_the_folder(trained, monkeypatch):
