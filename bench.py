@@ -259,7 +259,7 @@ def invent(
 def settings_of(
     cfg: TrainBench, data: Path, P: int = 10, R: int = 5, batches: int = 32, **changes
 ) -> dict:
-    """Invent captions for so many batches in `data`. Return train.py's settings of a run on them
+    """Invent captions for `batches` batches in `data`. Return train.py's settings of a run on them
     with this decoder."""
     shape = (50, 768) if P == 50 else (1, 512)
     invent(data, batches * cfg.batch_size, cfg.vocab_size, R, *shape)
@@ -405,7 +405,7 @@ def update(model: torch.nn.Module, optimizer, batch: dict, device: Device) -> No
     optimizer.zero_grad(set_to_none=True)
 
 
-def peak_mb(device: Device) -> float:
+def peak_mib(device: Device) -> float:
     """Return the most memory that this process has held so far: the GPU's, or else its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -417,7 +417,7 @@ def peak_mb(device: Device) -> float:
 
 
 def peak_memory(name: str, cfg: Config, steps: int, in_fresh_process: bool) -> float:
-    """Return the MB that a contestant and three turns take at most, beyond the libraries.
+    """Return the MiB that a contestant and three turns take at most, beyond the libraries.
 
     A GPU's peak can be reset. On a CPU, only a fresh process shows it.
     """
@@ -429,11 +429,11 @@ def peak_memory(name: str, cfg: Config, steps: int, in_fresh_process: bool) -> f
     device = Device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = peak_mb(device)
+    before = peak_mib(device)
     trainee = Trainee(name, cfg, 3, steps)
     for turn in range(3):
         trainee.turn(turn)
-    return peak_mb(device) - before
+    return peak_mib(device) - before
 
 
 def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[dict]:
@@ -466,7 +466,7 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
         row["ms_per_step"] = summary(1e3 * seconds[name] / bench.steps)
         row["mfu"] = summary(trainees["ours"].flops() / seconds[name] / np.median(rates))
         row["loss"] = losses[name]
-        row["peak_mb"] = peaks[name]
+        row["peak_mib"] = peaks[name]
     return shown(rows)
 
 
@@ -493,7 +493,7 @@ PRACTICE = 60  # steps, after which sampled captions are about as long as the in
 
 
 def usual_rollout(critic: SelfCritical, images: np.ndarray, step: int) -> dict:
-    """Return samples as they are usually trained on: each decoded with an own prefix, a greedy
+    """Return samples as they are usually trained on: each decoded with its own prefix, a greedy
     caption as the baseline, and a padded row per sample, for ClipLM.forward and loss_sum."""
     K, split, tokenizer = critic.cfg.scst_samples, critic.split, critic.split.tokenizer
     repeated = np.repeat(images, K)

@@ -6,7 +6,7 @@
 `gpu` goes through SECTIONS, the most valuable first, as long as there is time. Each prints its
 table and adds a line of JSON to `--out` when it ends; one that fails is reported, the next ones
 still run, and the command ends with status 1. Nothing is needed but the code: data, weights and
-photos are invented, and a model trained for a moment writes captions that end by themselves.
+photos are invented, and a model trained briefly writes captions that end by themselves.
 `--quick` runs all of it with tiny sizes, on a CPU too.
 """
 
@@ -27,7 +27,7 @@ import torch
 
 import bench
 import train
-from configurator import Config
+from configurator import Config, refuse
 from data import Split
 from decode import Decoding, generate, load_captioner
 from parts.common import UserError, append, read_log, write_text
@@ -50,7 +50,7 @@ class GpuBench(bench.Bench):
         super().__post_init__()
         unknown = set(self.sections.split()) - set(SECTIONS)
         if unknown:
-            raise UserError(f"sections: no {' '.join(unknown)}; there are {' '.join(SECTIONS)}")
+            refuse("sections", f"some of {' '.join(SECTIONS)}", " ".join(unknown))
 
 
 class Lab:
@@ -285,7 +285,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def same_losses(lab: Lab) -> dict:
-    """Compare the loss of each step, without dropout: each device draws its own."""
+    """Compare the loss of each step, without dropout: each device has its own random numbers."""
     cpu, _ = trained(short(lab, "cpu", 20, dropout=0.0, device="cpu"))
     one, _ = trained(short(lab, "one", 20, dropout=0.0))
     two, _ = trained(short(lab, "two", 20, dropout=0.0))
@@ -293,7 +293,7 @@ def same_losses(lab: Lab) -> dict:
 
 
 def same_captions(lab: Lab) -> dict:
-    """Caption the val images on both, with a model that was trained for a moment."""
+    """Caption the val images on both, with a model that was trained briefly."""
     trained(short(lab, "run", 6 if lab.size.quick else 300))
     split = Split(lab.data, "val")
     embeddings = split.embedding(np.arange(len(split)))
@@ -309,11 +309,15 @@ def same_captions(lab: Lab) -> dict:
             both.append(captions)
         pairs = list(zip(*both, strict=True))
         differ = [(a, b) for a, b in pairs if a.ids != b.ids]
-        off = max(abs(a.logprob - b.logprob) for a, b in pairs if a.ids == b.ids)
+        off = [abs(a.logprob - b.logprob) for a, b in pairs if a.ids == b.ids]
         for a, b in differ[:10]:
             print(f"  CPU {a.logprob:.6f}: {tokenizer.decode(a.ids)}")
             print(f"  GPU {b.logprob:.6f}: {tokenizer.decode(b.ids)}")
-        result[how.method] = {"images": len(pairs), "differ": len(differ), "logprob": off}
+        result[how.method] = {
+            "images": len(pairs),
+            "differ": len(differ),
+            "logprob": max(off, default=None),
+        }
     return result
 
 
@@ -331,13 +335,13 @@ def same_after_a_kill(lab: Lab) -> dict:
         if log.is_file():
             logged = log.read_text().count('"loss"')
     process.kill()
-    struck = process.wait() == -signal.SIGKILL
-    kept = torch.load(lab.folder / "parts/last.pt", map_location="cpu")["step"]
+    was_killed = process.wait() == -signal.SIGKILL
+    saved_step = torch.load(lab.folder / "parts/last.pt", map_location="cpu")["step"]
     losses, resumed = trained(interrupted | {"resume": True})
     return {
-        "struck": struck,
+        "was_killed": was_killed,
         "logged": logged,
-        "kept": kept,
+        "saved_step": saved_step,
         "losses": difference(whole, losses),
         "weights": max((weights[k] - resumed[k]).abs().max().item() for k in weights),
         "again": difference(whole, again),
