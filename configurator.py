@@ -48,7 +48,7 @@ class Config:
     vocab_size: int = 8192  # subwords, learned from the training captions
     tokenizer: str = ""  # your sentencepiece model, or a byte-level BPE's name or folder (gpt2)
     lowercase: bool = False  # lower-case captions before tokenizing
-    max_bad: float = 0.01  # stop if more than this share of the images is unreadable
+    max_bad: float = 0.01  # stop if more than this share of the images cannot be used
     encode_batch: int = 64  # images encoded at a time
     workers: int = 2  # threads that read images
     downloads: tuple[str, ...] = ()  # archives to fetch, each "URL PATH [CHECKSUM]"

@@ -11,9 +11,10 @@
 Four phases: read and check the source, train the tokenizer on the training captions, encode each
 image once, and write `data/<dataset>/`. Its meta.json comes last, and an earlier dataset there
 stays whole until then. If it is interrupted, the same command resumes and produces identical
-files; on a finished dataset, it encodes nothing again. Images that cannot be read or have no
-caption, and in tar shards captions that cannot be used, are left out and listed in
-`data/<dataset>/skipped.csv`; prepare.py stops if they are more than `max_bad` of all.
+files; on a finished dataset, it encodes nothing again. Images that cannot be read, or have no
+caption that can be used, are left out and listed in `data/<dataset>/skipped.csv`; prepare.py stops
+if they are more than `max_bad` of all. Empty captions, and unusable ones in tar shards, are left
+out and reported on stderr.
 """
 
 if __name__ == "__main__":
@@ -110,7 +111,7 @@ def train_tokenizer(captions: list[str], vocab_size: int, lowercase: bool = Fals
             print(f"the captions have only {most[1]} pieces: vocab_size {vocab_size} -> {most[1]}")
             return train_tokenizer(captions, int(most[1]), lowercase)
         if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
-            reason = f"the captions have too many characters for it, at least {least[1]} is needed"
+            reason = f"too few for the characters in the captions: set at least {least[1]}"
         raise UserError(f"vocab_size={vocab_size}: {reason}") from None
     return Tokenizer(model.getvalue(), lowercase)
 
@@ -314,8 +315,8 @@ def copy_embeddings(splits: Splits, cfg: Config) -> dict[str, Path]:
     """Copy the rows of the user's array to the splits, by file name. Return each split's file.
 
     Rows of zeros, which some programs write for an image that they could not read, are bad. Raise
-    UserError if an image has no row (a split other than train and val of such images is left out),
-    two share one, or a row is not finite in half precision.
+    UserError if an image has no row, two share one, or a row is not finite in half precision. A
+    split without any rows, other than train and val, is left out.
     """
     array, index = open_embeddings(cfg)
     rows = {}  # split -> the row of each image
@@ -331,7 +332,8 @@ def copy_embeddings(splits: Splits, cfg: Config) -> dict[str, Path]:
         for record, row in zip(records, rows[split], strict=True):
             name = record.file_name
             if row in owner:
-                problems.add("two images of one row", split, f"{owner[row]} and {name}")
+                both = f"{owner[row]} and {name}"
+                problems.add("two images share a row (make the names unique)", split, both)
             elif row is not None:
                 owner[row] = name
             elif not record.bad:
@@ -403,7 +405,7 @@ def finish(
     splits: Splits, files: dict[str, Path], tokenizer: Tokenizer, cfg: Config, encoder, origin: dict
 ) -> None:
     """Leave out bad images, write all that is missing, and move everything into place, meta.json
-    last. Raise UserError if a split has no other images, or if they are too many.
+    last. Raise UserError if a split has bad images only, or if they exceed `max_bad`.
 
     Keeps the old dataset intact until the last moment; safe to repeat.
     """
@@ -414,7 +416,7 @@ def finish(
         kept = [row for row in range(len(records)) if row not in bad[split]]
         if not kept:
             path = cfg.data_dir / "skipped.csv"
-            raise UserError(f"none of the images of split `{split}` can be read: see {path}")
+            raise UserError(f"none of the images of split `{split}` can be used: see {path}")
         array = np.load(files[split], mmap_mode="r")
         if len(kept) < len(array):  # else an earlier run has left them out
             files[split] = cfg.data_dir / "encoding" / f"{split}.kept.npy"

@@ -58,7 +58,7 @@ def run(main: Callable, *args) -> None:
 
     A user's mistake, a full disk, a file that cannot be opened or output that was lost prints one
     line and exits with status 1; Ctrl-C exits with 130. Anything else is a bug and keeps its
-    traceback. Output is not lost if its reader left, as `| head` does, or a terminal was closed.
+    traceback. That the reader of the output left, as `| head` does, is no error.
     """
     sys.stdout = unfailing(sys.stdout)
     sys.stderr = unfailing(sys.stderr)
@@ -200,7 +200,8 @@ def append(path: Path | str, text: str) -> None:
 
 
 def read_json(path: Path | str, hint: str = ""):
-    """Return the content of a JSON file. Raise UserError, with `hint`, if there is none."""
+    """Return the content of a JSON file. Raise UserError if there is none, with `hint`, or if it
+    is not valid."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

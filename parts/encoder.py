@@ -57,7 +57,7 @@ def read_image(path: Path | str, offset: int = 0, size: int = -1):
 
     Applies EXIF rotation, flattens transparency onto white, scales 16 bits to 8, and takes an
     animation's first frame. Size and format are checked before any pixel is decoded. Raise
-    BadImage, or UserError if the reading fails and not the image: no permission, a bad disk.
+    BadImage if the image is at fault, UserError if reading is (no permission, a bad disk).
     """
     from PIL import Image, ImageOps, PngImagePlugin
 
@@ -123,10 +123,10 @@ def to_8_bits(image):
 def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Return the files among `paths`, and those in folders among them, sorted by name.
 
-    Hidden files, of which macOS makes many, and its `__MACOSX` are ignored. Files in folders whose
-    suffix is that of something else, such as a text, are not returned, nor are those behind links
-    to folders, which may lead in a circle; there is a line for each in the second list. Raise
-    UserError if a path does not exist, or if a folder holds no image or cannot be read.
+    Hidden files, of which macOS makes many, and its `__MACOSX` are ignored. The second list has a
+    line for all else that was passed over: other types of files, and links to folders, which may
+    lead in a circle. Raise UserError if a path does not exist, or if a folder holds no image or
+    cannot be read.
     """
 
     def unreadable(error: OSError):
@@ -213,7 +213,7 @@ class Encoder:
             raise UserError("clip: expected a model's name or folder, got nothing")
         folder, what = or_shipped(name), f"clip={name}"
         if name.startswith((".", "/", "assets/")) and not Path(folder).is_dir():
-            raise UserError(f"{what}: no such folder; give its place with --clip=FOLDER")
+            raise UserError(f"{what}: no such folder: set --clip to a folder or a model's name")
         self.name = name
         self.features = features
         self.grid = grid
@@ -334,5 +334,6 @@ class Encoder:
         """
         images = prefetch(self.read, batches, workers)
         encoded = ((self.encode(pixels), bad) for pixels, bad in images)
+        # pairwise begins to encode the next batch before this one is waited for
         for (x, bad), _ in itertools.pairwise(itertools.chain(encoded, [None])):
             yield x.cpu(), bad

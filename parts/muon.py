@@ -59,7 +59,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Return U V^T for each matrix U S V^T of x (N, m, n), with singular values of .7 to 1.2.
+    """Return about U V^T for each matrix U S V^T of x (matrices, m, n): the singular values end
+    between .7 and 1.2, not at 1.
 
     Five Newton-Schulz steps: each applies an odd polynomial to the singular values, which moves
     all that are not 0 towards 1. It takes matrix products only.

@@ -203,9 +203,9 @@ SIDES = {  # where the first object is; the second is on the opposite side
     "above": "at the top",
     "below": "at the bottom",
 }
-# How often the first object is named first: mostly if it is on the left or at the top. In captions
-# that begin with either one as often, "left" and "right" depend on the image and on that choice
-# together, and the decoder did not learn them in the demo's time.
+# How often the first object is named first: mostly if it is on the left or at the top. If captions
+# named either first equally often, the right word would depend on image and order together. The
+# decoder did not learn that in the demo's time.
 FIRST = {None: 0.5, "left of": 0.8, "above": 0.8, "right of": 0.2, "below": 0.2}
 
 
@@ -222,7 +222,8 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
 
 
 def write_caption(scene: Scene, rng: random.Random) -> str:
-    """Return one caption that states every fact of the scene."""
+    """Return one caption that states every fact of the scene. An empty size, colour or background
+    is left out."""
     groups = list(scene.groups)
     relation = scene.relation
     if rng.random() > FIRST[relation]:  # the same relation, as seen from the other object
@@ -319,7 +320,7 @@ KIND_OF = {str(value): kind for kind, values in VALUES.items() for value in valu
 
 
 def of_kind(facts: set[str], kind: str) -> set[str]:
-    """Return the facts of one kind. That a shape is there, which others imply, is one as well."""
+    """Return the facts of one kind. `shape` is that a shape is there, which its other facts say."""
     pairs = [(fact, *fact.split(": ")) for fact in facts if ": " in fact]
     if kind == "relation":
         return facts - {fact for fact, _, _ in pairs}
@@ -373,8 +374,9 @@ def build(images: Path, counts: dict[str, int], seed: int) -> dict[str, list[dic
             name = f"{split}/{i:05d}.png"
             image = io.BytesIO()
             render(scene, rng).save(image, "png")
+            # An unchanged file keeps its time stamp, so that its embedding stays valid.
             if not (images / name).is_file() or (images / name).read_bytes() != image.getvalue():
-                (images / name).write_bytes(image.getvalue())  # or its embedding stays valid
+                (images / name).write_bytes(image.getvalue())
             captions = write_captions(scene, rng)
             facts = scene_facts(scene)
             splits[split].append({"file_name": name, "captions": captions, "facts": facts})

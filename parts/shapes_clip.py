@@ -26,7 +26,7 @@ from parts import shapes
 from parts.common import UserError, append, run, write_text
 from parts.shapes import Scene, Spot
 
-FAMILY = 8  # scenes that differ in one fact at most
+FAMILY = 8  # scenes: a base scene, and copies or variants of it that change one property
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ShapesConfig:
     train_clip: bool = False  # train the tiny CLIP and write it to `out`
     out: str = "assets/shapes-clip"  # the folder, in transformers' format
     start: str = ""  # folder of a CLIP to continue from; empty: a new one
-    families: int = 20000  # scenes rendered, each with seven variants that differ in one fact
+    families: int = 20000  # of eight scenes to render
     batch: int = 32  # families per step, so that a batch holds eight times as many pairs
     steps: int = 5000
     learning_rate: float = 1.5e-3
@@ -84,8 +84,8 @@ def open_clip(cfg: ShapesConfig, scenes: list[Scene], rng: random.Random):
                 eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     config = CLIPConfig(projection_dim=128, vision_config=vision, text_config=text)
     model = CLIPModel._from_config(config, attn_implementation="eager")
-    # Positions start as large as what the patches hold. From transformers' small random numbers
-    # the class token never learned to read them, and so no relation of two objects.
+    # Position embeddings start as large as the patches'. From transformers' small random numbers,
+    # the class token never learned to read them, so that CLIP learned no relations.
     embedding = model.vision_model.embeddings.position_embedding.weight.data[1:]
     index = torch.cartesian_prod(torch.arange(6), torch.arange(6))  # (36, 2)
     angles = (index + 0.5) / 6 * math.pi
@@ -99,11 +99,12 @@ def open_clip(cfg: ShapesConfig, scenes: list[Scene], rng: random.Random):
 
 
 def make_families(n: int, rng: random.Random) -> list[Scene]:
-    """Return n families of eight scenes, end to end, that differ in one fact at most."""
+    """Return n families of eight scenes, end to end. Each scene differs from the first of its
+    family in at most one change."""
     scenes: list[Scene] = []
     for _ in range(n):
         base = shapes.make_scene(rng)
-        while rng.random() < 0.6 and not base.relation:  # the hardest fact, and a rare one
+        while rng.random() < 0.6 and not base.relation:  # the hardest fact is rare: oversample it
             base = shapes.make_scene(rng)
         is_single = len(base.objects()) == 1
         same = 4 if is_single else 1  # the same scene, its object elsewhere
@@ -127,20 +128,20 @@ def clip_caption(
     groups = tuple(replace(group, **blank) for group in scene.groups)
     partial = replace(scene, background=background, groups=groups)
     text = shapes.write_caption(partial, rng)
-    where = None  # a single object is, as a relation to the middle
+    side = None  # of the image on which a single object lies
     if len(spots) == 1:
         x, y, _ = spots[0]
         offsets = {"below": y - 0.5, "above": 0.5 - y, "right of": x - 0.5, "left of": 0.5 - x}
-        where = max(offsets, key=offsets.get)
-        text = f"{shapes.noun_phrase(groups[0], rng)} {shapes.SIDES[where]}"
+        side = max(offsets, key=offsets.get)
+        text = f"{shapes.noun_phrase(groups[0], rng)} {shapes.SIDES[side]}"
         if background:
             text += f" on a {background} background"
-    return text, (where, *shapes.scene_facts(partial))
+    return text, (side, *shapes.scene_facts(partial))
 
 
 def augment(pixels: np.ndarray, rng: random.Random) -> torch.Tensor:
-    """Return pixels (B, side, side, 3) as (B, 3, side, side) in 0..1, shifted, and each image a
-    little brighter or darker."""
+    """Return pixels (B, side, side, 3) as (B, 3, side, side) in 0..1.05. Shift all images alike,
+    and scale each image's channels by .95 to 1.05."""
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     side = x.size(-1)
     top, left = rng.randint(0, 4), rng.randint(0, 4)

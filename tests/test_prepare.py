@@ -76,7 +76,8 @@ def test_own_embeddings_and_their_mistakes(here, capsys):
     with pytest.raises(UserError, match="e.npy: 2 problem"):
         prepare.main(Config(**options))
     assert (
-        "two images of one row: 2\n  val: train2.png and sub/train2.png" in capsys.readouterr().err
+        "two images share a row (make the names unique): 2\n  val: train2.png and sub/train2.png"
+        in capsys.readouterr().err
     )
     with pytest.raises(ConfigError, match="embedding_names: expected a file with a name for each"):
         Config(**options | {"embedding_names": ""})
@@ -190,7 +191,7 @@ def test_a_spreadsheet_runs_nothing_of_skipped_csv(here, clip):
 def test_a_split_of_bad_images_only(here, clip):
     options = many(here, 9, 1) | {"clip": clip, "workers": 0, "max_bad": 0.5}
     (here / "photos" / "val0.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the images of split `val` can be read"):
+    with pytest.raises(UserError, match="none of the images of split `val` can be used"):
         prepare.main(Config(**options))
 
 
@@ -496,7 +497,7 @@ def test_a_full_disk_leaves_the_earlier_dataset_intact(here, clip, monkeypatch):
 def test_a_vocabulary_too_small_is_refused_before_anything_is_encoded(here, clip, monkeypatch):
     options = many(here, 8) | {"clip": clip, "workers": 0}
     monkeypatch.setattr(prepare, "encode", None)
-    with pytest.raises(UserError, match="vocab_size=9: .* at least [0-9]+ is needed"):
+    with pytest.raises(UserError, match="vocab_size=9: too few for .*: set at least [0-9]+"):
         prepare.main(Config(**options, vocab_size=9))
 
 
