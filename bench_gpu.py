@@ -72,7 +72,7 @@ def gpu(cfg: GpuBench) -> dict:
     begin = time.monotonic()
     out = Path(cfg.out)
     if cfg.readme:
-        return fill(Path(cfg.readme), out)
+        return fill_readme(Path(cfg.readme), out)
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def gpu(cfg: GpuBench) -> dict:
 BEGIN, END = "<!-- bench.py gpu -->", "<!-- end of bench.py gpu -->"
 
 
-def fill(readme: Path, out: Path) -> dict:
+def fill_readme(readme: Path, out: Path) -> dict:
     """Put the newest tables of `out` between the two marks in a README: those of the last row's
     hardware, precision and sizes. Raise UserError if there are no marks, or no figures."""
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -339,7 +339,7 @@ def token_strings(
     return [[next(strings) for _ in group] for group in groups]
 
 
-def refuse(images: list, what: str, mend: str) -> None:
+def refuse_images(images: list, what: str, mend: str) -> None:
     """Raise UserError if there are such images."""
     if images:
         raise UserError(f"{what} {len(images)} images, for example {images[0]!r}: {mend}")
@@ -360,7 +360,7 @@ def score(
     """
     references = {i: group for i, group in references.items() if group}
     unknown = [i for i in hypotheses if i not in references]
-    refuse(unknown, "no references for", "add them or drop these captions")
+    refuse_images(unknown, "no references for", "add them or drop these captions")
     if not hypotheses:
         raise UserError("there are no captions to score")
 
@@ -444,7 +444,7 @@ class MetricsConfig:
         one_of(self, "tokens", "words characters")
 
 
-def read_rows(path: str) -> list[dict]:
+def read_captions(path: str) -> list[dict]:
     """Return the rows of COCO annotations, COCO results or our CSV. A caption may be any value."""
     if Path(path).suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # by default, a caption ends at 131,072 characters
@@ -476,7 +476,7 @@ def read_rows(path: str) -> list[dict]:
 
 def read_references(path: str) -> tuple[dict, int]:
     """Return {id: captions} of COCO annotations, and how many captions were left out: not text."""
-    rows = read_rows(path)
+    rows = read_captions(path)
     references: dict = {}
     for row in rows:
         if isinstance(row["caption"], str):
@@ -490,12 +490,12 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
     Those are scored as empty. Raise UserError if an image has several captions or no references.
     """
     by_name = {str(i): i for i in references}  # a CSV has "42" for the references' 42
-    rows = read_rows(path)
+    rows = read_captions(path)
     counts = Counter(str(row["image_id"]) for row in rows)
     twice = [name for name, count in counts.items() if count > 1]
-    refuse(twice, f"{path}: several captions of", "give one per image")
+    refuse_images(twice, f"{path}: several captions of", "give one per image")
     unknown = [name for name in counts if name not in by_name]
-    refuse(unknown, f"{path}: no references for", "add them or drop these captions")
+    refuse_images(unknown, f"{path}: no references for", "add them or drop these captions")
     hypotheses = {by_name[str(row["image_id"])]: row["caption"] for row in rows}
     not_text = [i for i, caption in hypotheses.items() if not isinstance(caption, str)]
     return hypotheses | dict.fromkeys(not_text, ""), len(not_text)

@@ -225,7 +225,8 @@ class Captioner:
         trained_on = content["config"].get("data") or f"data/{self.meta.dataset}"
         self.data = Path(cfg.data or str(trained_on))
         self.device = Device(cfg.device, cfg.dtype)
-        lay_out_by_columns(self.model)
+        if self.device.type == "cpu":
+            lay_out_by_columns(self.model)
         self.model.to(self.device.torch_device)
         if cfg.method == "nearest" or cfg.rerank in ("consensus", "neighbours"):
             embeddings = self.split("train").embeddings

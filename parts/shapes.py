@@ -335,17 +335,17 @@ def score_facts(captions: list[str], truths: list[list[str]]) -> dict[str, float
     caption's scene."""
     stated = [stated_facts(caption) for caption in captions]
     true = [set(truth) for truth in truths]
-    scores: dict[str, float | dict] = agreement(stated, true)
+    scores: dict[str, float | dict] = precision_recall(stated, true)
     scores["by_kind"] = {}
     for kind in VALUES:
         own = [of_kind(facts, kind) for facts in stated]
         others = [of_kind(facts, kind) for facts in true]
         if any(own + others):
-            scores["by_kind"][kind] = agreement(own, others)["f1"]
+            scores["by_kind"][kind] = precision_recall(own, others)["f1"]
     return scores
 
 
-def agreement(stated: list[set[str]], true: list[set[str]]) -> dict[str, float]:
+def precision_recall(stated: list[set[str]], true: list[set[str]]) -> dict[str, float]:
     """Return precision, recall and F1, in 0..1, of stated facts, over all images."""
     correct = sum(len(own & facts) for own, facts in zip(stated, true, strict=True))
     precision = correct / max(1, sum(map(len, stated)))

@@ -103,7 +103,7 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     splits = Gathering(cfg, problems, tokenizer).splits
     problems.stop(cfg.captions)
     for split, records in splits.items():
-        check_captions(records, split, cfg)
+        mark_uncaptioned(records, split, cfg)
     if "val" not in splits and cfg.val_images and "train" in splits:
         train = splits["train"]
         n = cfg.val_images
@@ -126,7 +126,7 @@ def read(cfg, tokenizer=None) -> dict[str, list[Record]]:
     return splits
 
 
-def check_captions(records: list[Record], split: str, cfg) -> None:
+def mark_uncaptioned(records: list[Record], split: str, cfg) -> None:
     """Mark images without captions as bad, unless a split to be captioned has only such images.
 
     Raise UserError if a split has captions, or should, and none can be used.
@@ -221,13 +221,13 @@ class Gathering:
             lambda split: os.path.join(os.path.abspath(images_folder(cfg, split)), "")
         )
         for where, row in read_rows(cfg, problems):
-            self.check_captions(where, row)
+            self.tidy_captions(where, row)
             self.add(where, row)
         records = itertools.chain(*self.splits.values())
         for number, record in enumerate(record for record in records if record.id is None):
             record.id = number
 
-    def check_captions(self, where: str, row: Record) -> None:
+    def tidy_captions(self, where: str, row: Record) -> None:
         """Tidy up captions, make their tokens lists of ids, and check both, and captions' ids.
 
         Empty captions are dropped: some files have them for images without one. In a tar, all that
