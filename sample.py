@@ -260,7 +260,7 @@ class Captioner:
 
     def captions_of(self, images: list[int]) -> list[list[str]]:
         """Return all captions of training images, as texts and as token strings."""
-        return [[caption for i in images for caption in of[i]] for of in self.training]
+        return [[c for i in images for c in captions[i]] for captions in self.training]
 
     @functools.cached_property
     def cider(self) -> metrics.CiderD:
