@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass, filled from defaults < config files, left to right < flags.
+"""Settings: one frozen dataclass. Config files override its defaults, and flags override both.
 
     python train.py config/coco.py mine.yaml --batch_size=256 --compile=false
     python train.py --help
@@ -75,7 +75,7 @@ class Config:
     min_lr: float = 1e-4  # minimum, reached after the decay
     warmup_iters: int = 200  # steps of linear warmup
     lr_decay_iters: int = 0  # step at which the decay ends, 0 = max_iters
-    lr_decay: str = "cosine"  # cosine, or linear: constant for one half, then a line
+    lr_decay: str = "cosine"  # cosine, or linear: constant for one half, then falling
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the decoder
     weight_decay: float = 0.1  # of matrices only, not of vectors
     beta1: float = 0.9  # of AdamW
@@ -84,7 +84,7 @@ class Config:
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     ema: float = 0.0  # decay of the moving average of the weights, 0 = off
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
-    word_dropout: float = 0.0  # share of the tokens read in training that unk replaces
+    word_dropout: float = 0.0  # share of the input tokens that unk replaces in training
     # -- self-critical training -----------------------------------------------------------
     objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
     from_scratch: bool = False  # scst without init_from, from random weights
@@ -388,8 +388,8 @@ def read_flags(cls, argv: list[str], positional: list[str]) -> tuple[list, list]
 def build(cls, settings, source: str = "--", hint: str = ""):
     """Return a `cls` made of (where, name, value) settings; the last one of a name wins.
 
-    Raise ConfigError. It opens with `where`: a file and line, a checkpoint, or a flag's dashes;
-    if a setting without a default is missing, with `source`, and it ends with `hint`.
+    Raise ConfigError. Its text begins with `where`: a file and line, a checkpoint, or a flag's
+    dashes. For a missing setting without a default, it begins with `source` and ends with `hint`.
     """
     kinds = get_type_hints(cls)
     values = {}

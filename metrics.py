@@ -340,7 +340,7 @@ def token_strings(
 
 
 def refuse_images(images: list, what: str, mend: str) -> None:
-    """Raise UserError if there are such images."""
+    """Raise UserError if there are any `images`, those at fault."""
     if images:
         raise UserError(f"{what} {len(images)} images, for example {images[0]!r}: {mend}")
 
@@ -390,7 +390,7 @@ def score(
 def signature(
     hypotheses, references, java=False, meteor=False, document_frequencies=None, tokens="words"
 ) -> str:
-    """Return how `score` computes, given the same arguments. Scores compare if they share it."""
+    """Return how `score` computes, given the same arguments. Scores compare only if it is equal."""
     counts = {len(references[i]) for i in hypotheses}  # references per image
     refs = "-".join(map(str, sorted({min(counts), max(counts)})))
     df = f"references({sum(map(bool, references.values()))})"  # images whose n-grams are counted

@@ -134,8 +134,8 @@ class Device:
     def matmul_rate(self, tries: int = 8) -> float:
         """Return the FLOP/s of a large matrix product here and now, in this precision.
 
-        Matrices grow until a product takes 10 ms, or to the size at which every device is at its
-        best: a CPU without bfloat16 needs seconds for what others do in a moment.
+        Matrices grow until a product takes 10 ms, or to a largest size, beyond which a CPU without
+        bfloat16 would take seconds.
         """
         n, seconds = 128, 0.0
         self.matmul_seconds(n)  # a GPU's first product also loads the library

@@ -336,8 +336,8 @@ class Gathering:
 
 
 def read_rows(cfg, problems: Problems) -> Iterator[Row]:
-    """Yield the rows of all caption files: one per split, or if the name has no {split}, one of
-    train. A row that names no split is of its file's."""
+    """Yield the rows of all caption files: one file per split, or a single one if the name has no
+    {split}. A row that names no split gets its file's, or train."""
     if not cfg.captions:
         raise UserError(f"source={cfg.source} needs --captions=FILE")
     reader = READERS[cfg.source]
@@ -519,7 +519,7 @@ def read_coco(path: str, problems: Problems) -> Iterator[Row]:
     content = read_json(path)
     if isinstance(content, dict):
         content["annotations"] = content.get("annotations") or []
-    annotations = defaultdict(list)  # image id, as text because JSON may hold anything -> its
+    annotations = defaultdict(list)  # repr of an image's id, which may be any JSON value -> its own
     for where, annotation in entries(content, "annotations", path, problems):
         annotations[repr(annotation.get("image_id"))].append((where, annotation))
     for where, image in entries(content, "images", path, problems):
@@ -559,7 +559,7 @@ def read_shards(pattern: str, problems: Problems, setting: str) -> Iterator[Row]
 
 
 def read_shard(path: str, name: str, problems: Problems) -> Iterator[Row]:
-    """Yield the images of a tar: NAME/ and the names that they have there."""
+    """Yield the rows of one tar. An image's file name is NAME/<its name in the tar>."""
     for key, sample in tar_samples(path, problems).items():
         first = next(iter(sample.values()))[0]
         caption = None
@@ -585,7 +585,8 @@ def read_shard(path: str, name: str, problems: Problems) -> Iterator[Row]:
 
 
 def tar_samples(path: str, problems: Problems) -> dict[str, dict[str, tuple]]:
-    """Return key -> suffix, or `image` -> (where, member, content of a text) of a tar's files.
+    """Return a tar's files as {key: {suffix: (where, member, text)}}. The suffix of an image is
+    `image`; the text is that of a .txt or .json.
 
     Links, names that leave the tar, truncated tars and trailing data are problems.
     """
