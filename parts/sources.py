@@ -17,6 +17,7 @@ import csv
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -356,11 +357,11 @@ def read_rows(cfg, problems: Problems) -> Iterator[Row]:
 def open_text(path: str):
     """Open UTF-8, with or without a BOM, or UTF-16 with one. Other bytes become surrogates, which
     `text_problem` refuses."""
+    file = open(path, "rb")  # noqa: SIM115 - once: a pipe cannot be read again
     encoding = "utf-8-sig"
-    with open(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # some spreadsheets' way
-            encoding = "utf-16"
-    return open(path, encoding=encoding, errors="surrogateescape", newline="")
+    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # some spreadsheets' way
+        encoding = "utf-16"
+    return io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
 
 
 def columns_of(names: list[str], where: str) -> tuple[str, str]:

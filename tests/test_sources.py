@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -563,6 +564,17 @@ def test_tables_as_spreadsheets_write_them(here):
     cfg = Config(dataset="d", source="flickr", captions="x.token", images="photos", val_images=1)
     captions = [r.captions[0] for records in sources.read(cfg).values() for r in records]
     assert sorted(captions) == ["a cat", "\u3000一只狗\u00a0"]
+
+
+def test_captions_may_come_from_a_pipe(here):
+    """As in `--captions=<(zcat captions.csv.gz)`: it can be read once."""
+    photos(here / "photos", ["f.png", "g.png"])
+    os.mkfifo("x.csv")
+    table = "image,caption\nf.png,a dog\ng.png,a cat\n"
+    threading.Thread(target=Path("x.csv").write_text, args=(table,), daemon=True).start()
+    cfg = Config(dataset="d", source="csv", captions="x.csv", images="photos", val_images=1)
+    captions = [r.captions for records in sources.read(cfg).values() for r in records]
+    assert sorted(captions) == [["a cat"], ["a dog"]]
 
 
 def test_karpathys_test_images_may_have_no_sentences(here):
