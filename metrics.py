@@ -520,7 +520,7 @@ def main(cfg: MetricsConfig) -> None:
         frequencies = CiderD(groups, tokenize=str.split)
     options = {"java": cfg.java, "tokens": cfg.tokens, "document_frequencies": frequencies}
     line, _ = evaluate(hypotheses, references, training, **options)
-    (captions,) = token_strings([hypotheses.values()], cfg.java, cfg.tokens)
+    (captions,) = token_strings([hypotheses.values()], tokens=cfg.tokens)
     counts = {
         "images": len(hypotheses),
         "references": sum(len(references[i]) for i in hypotheses),
