@@ -228,6 +228,7 @@ def encode_missing(splits: Splits, folder: Path, encoder, cfg: Config, device: D
     n_images = sum(len(records) for _, _, records in jobs)
     total = sum(map(len, splits.values()))
     n_bad = sum(bool(record.bad) for records in splits.values() for record in records)
+    begins = {split: np.load(folder / f"{split}.npy", mmap_mode="r").offset for split in splits}
     unlogged: list[str] = []
     synced = time.monotonic()
     with tqdm(total=n_images, desc="encoding", unit="image", disable=not device.is_first) as bar:
@@ -238,9 +239,8 @@ def encode_missing(splits: Splits, folder: Path, encoder, cfg: Config, device: D
             block = np.zeros((len(records), *x.shape[1:]), np.float16)
             block[[i for i in range(len(records)) if i not in reasons]] = x
             path = folder / f"{split}.npy"
-            begin = np.load(path, mmap_mode="r").offset + row * block[0].nbytes
             with naming(path), open(path, "rb+") as file:  # on a full disk, a memmap is a SIGBUS
-                file.seek(begin)
+                file.seek(begins[split] + row * block[0].nbytes)
                 file.write(block.tobytes())
             bad = {row + i: reason for i, reason in reasons.items()}
             unlogged.append(json.dumps([split, row // size, bad]) + "\n")
