@@ -120,8 +120,15 @@ def ngram_keys(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarra
 
 def look_up(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return the index of each key in a sorted table that ends in LAST; -1 if it is not there."""
-    index = np.searchsorted(table, keys)
+    order = keys.argsort()  # sorted keys are found in half the time
+    index = np.empty(len(keys), np.int64)
+    index[order] = np.searchsorted(table, keys[order])
     return np.where(table[index] == keys, index, -1)
+
+
+def nonzero(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what table.nonzero() does, in a fifth of its time."""
+    return np.unravel_index(np.flatnonzero(table != 0), table.shape)
 
 
 class CiderD:
@@ -176,8 +183,10 @@ class CiderD:
         else:
             self.frequencies = document_frequencies.frequencies
         idf = self.frequencies.idf[look_up(self.frequencies.grams, gram)]
-        squares = [np.bincount(row, (tf * idf) ** 2, n_images * 4) for tf in self.tf[:-1].T]
-        self.norms = np.sqrt(squares).reshape(most, n_images, 4).transpose(1, 0, 2)
+        pair, slot = nonzero(self.tf[:-1])
+        squares = (self.tf[pair, slot] * idf[pair]) ** 2
+        squares = np.bincount(row[pair] * most + slot, squares, n_images * 4 * most)
+        self.norms = np.sqrt(squares).reshape(n_images, 4, most)
 
     def score(
         self, images: Sequence[int], captions: Sequence[str], ended: Sequence[bool] | None = None
@@ -202,18 +211,21 @@ class CiderD:
         gram = gram[first]
         row = caption * 4 + order[first]
         idf = self.frequencies.idf[look_up(self.frequencies.grams, gram)]
-        norm = np.sqrt(np.bincount(row, (tf * idf) ** 2, n * 4)).reshape(n, 1, 4)
+        norm = np.sqrt(np.bincount(row, (tf * idf) ** 2, n * 4)).reshape(n, 4, 1)
 
         pairs = gram * MULTIPLIER + images[caption].astype(np.uint64)
-        reference_tf = self.tf[look_up(self.pairs, pairs)].T  # (most, ngrams)
-        dots = [np.bincount(row, np.minimum(tf, t) * t * idf**2, n * 4) for t in reference_tf]
-        dots = np.array(dots, float).reshape(len(dots), n, 4).transpose(1, 0, 2)
-        scale = norm * self.norms[images]  # (captions, most, 4), as dots
-        cosine = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+        reference_tf = self.tf[look_up(self.pairs, pairs)]  # (ngrams, most)
+        most = reference_tf.shape[1]
+        i, slot = nonzero(reference_tf)  # a few: most n-grams are in few references
+        t = reference_tf[i, slot]
+        products = np.minimum(tf[i], t) * t * idf[i] ** 2
+        dots = np.bincount(row[i] * most + slot, products, n * 4 * most).reshape(n, 4, most)
+        scale = norm * self.norms[images]  # (captions, 4, most), as dots
+        cosine = np.divide(dots, scale, out=np.zeros(dots.shape), where=scale > 0)
         lengths = np.array([max(1, len(w)) for w in words])
         delta = lengths[:, None] - self.lengths[images]  # (captions, most)
         penalty = np.exp(-(delta**2) / (2 * 6.0**2))
-        return 10 * (cosine.mean(2) * penalty).sum(1) / self.counts[images]
+        return 10 * (cosine.mean(1) * penalty).sum(1) / self.counts[images]
 
     def agreement(
         self, candidates: Sequence[str], references: Sequence[str] | None = None
@@ -229,7 +241,7 @@ class CiderD:
         scores = others.score([0] * n, candidates)
         if references is None:
             # without the score against itself: 10, less for a caption shorter than four words
-            own = 2.5 * (others.norms[0] > 0).sum(1)
+            own = 2.5 * (others.norms[0] > 0).sum(0)
             scores = (n * scores - own) / max(1, n - 1)
         return scores
 
