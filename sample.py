@@ -329,7 +329,8 @@ class Captioner:
         strings = metrics.token_strings(texts, tokens=self.cfg.tokens)
         if self.cfg.rerank == "clip":
             images = self.clip.images(embeddings, [item["path"] for item in items])
-            agreement = [self.clip.texts(own) @ x for own, x in zip(texts, images, strict=True)]
+            pairs = zip(self.clip.texts(texts), images, strict=True)
+            agreement = [own @ image for own, image in pairs]
         elif self.cfg.rerank == "neighbours":
             borrowed = [self.captions_of(images)[1] for images in self.neighbours(embeddings)]
             agreement = list(map(self.cider.agreement, strings, borrowed))
@@ -345,8 +346,8 @@ class Captioner:
     def add_clip_scores(self, embeddings: torch.Tensor, predictions: list[dict]) -> None:
         """Add CLIPScore and, if there are references, RefCLIPScore to each prediction."""
         images = self.clip.images(embeddings, [p["path"] for p in predictions])
-        for image, p in zip(images, predictions, strict=True):
-            texts = self.clip.texts([p["caption"], *p["references"]])
+        groups = self.clip.texts([[p["caption"], *p["references"]] for p in predictions])
+        for p, image, texts in zip(predictions, images, groups, strict=True):
             p["scores"] = metrics.clip_score(image, texts[0], texts[1:])
 
     def prediction(self, captions: list[Caption]) -> dict:

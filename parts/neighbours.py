@@ -68,7 +68,8 @@ class ImageText:
                 raise UserError(f"CLIP needs the image files ({error}): set --images") from None
         return F.normalize(embeddings[:, 0].float(), dim=-1).cpu().numpy()
 
-    def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Return captions as (captions, D), of length 1."""
-        texts = [self.PREFIX + caption for caption in captions]
-        return F.normalize(self.encoder.encode_text(texts), dim=-1).numpy()
+    def texts(self, groups: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Return groups of captions as (captions, D) each, of length 1."""
+        texts = [self.PREFIX + caption for group in groups for caption in group]
+        embeddings = F.normalize(self.encoder.encode_text(texts), dim=-1).numpy()
+        return np.split(embeddings, np.cumsum([len(group) for group in groups])[:-1])

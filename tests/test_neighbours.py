@@ -192,10 +192,9 @@ def test_true_captions_score_above_those_of_other_scenes(scenes):
     images, captions = scenes
     judge = ImageText(sample.Meta(**META | {"encoder": SHAPES_CLIP}), "", "cpu")
     x = judge.images(judge.encoder(images), [])
-    texts = judge.texts([own[0] for own in captions])
-    references = [judge.texts(own[1:]) for own in captions]
+    texts = judge.texts(captions)
     true, other = (
-        [metrics.clip_score(x[i], texts[i - shift], references[i]) for i in range(60)]
+        [metrics.clip_score(x[i], texts[i - shift][0], texts[i][1:]) for i in range(60)]
         for shift in (0, 1)
     )
     for name, margin in (("CLIPScore", 1), ("RefCLIPScore", 0.8)):
@@ -245,6 +244,12 @@ def test_clip_scores_and_reranks_the_captions_of_sample(
     assert ranked["CLIPScore"] > plain["CLIPScore"] + 0.1
     for p in json.loads(Path("ranked.json").read_text()):
         assert p["scores"].keys() == {"bleu", "rouge_l", "cider", "CLIPScore", "RefCLIPScore"}
+    embeddings = torch.tensor(np.load("data/tiny/val_embeddings.npy"))[:, 0].double()
+    encoder = Encoder(SHAPES_CLIP, text=True)
+    for p, image in zip(json.loads(Path("plain.json").read_text()), embeddings, strict=True):
+        text = encoder.encode_text([f"A photo depicts {p['caption']}"])[0].double()
+        cosine = torch.cosine_similarity(image, text, 0).item()
+        assert p["scores"]["CLIPScore"] == pytest.approx(2.5 * max(0, cosine), abs=1e-5)
     signature = sample.Captioner(cfg).signature()  # an interrupted run's captions were judged by
     assert signature["clip"] == Encoder(SHAPES_CLIP).digest()  # the same CLIP, or begin anew
     files = replace(cfg, split="", image=("photos/41.png",), out_json="files.json")
