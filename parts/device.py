@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parts.common import UserError, owning
 
@@ -259,17 +260,21 @@ class Dropout(nn.Module):
         return x * kept.to(x.dtype).mul_(256 / (256 - threshold))
 
 
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, dropout: Dropout
 ) -> torch.Tensor:
     """scaled_dot_product_attention, or the three lines it stands for if these are faster.
 
     On a CPU the fused kernel's backward pass takes twice as long in bfloat16, and with dropout
-    there is no fused kernel.
+    there is no fused kernel. On a GPU, cuDNN's may give NaN gradients if T % 128 is 64 (LOG.md).
     """
     p = dropout.p if dropout.training else 0.0
     if q.device.type != "cpu" or (p == 0 and q.dtype == torch.float32):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        with sdpa_kernel(NOT_CUDNN) if q.size(2) % 128 == 64 else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
     weights = F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
     return dropout(weights) @ v

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import BOS, pack_by_loops
 
 from model import ClipLM, ModelConfig, loss_sum
-from parts.device import Dropout
+from parts.device import Dropout, attention
 from parts.log import training_flops
 
 TINY = dict(vocab_size=50, embedding_dim=12, n_prefix=3, n_layer=2, n_head=2, n_embd=16,
@@ -139,6 +139,22 @@ def test_attention_with_dropout_equals_the_fused_kernel(monkeypatch):
     assert other.item() == pytest.approx(loss.item(), rel=1e-5)
     for a, b in zip(gradients, torch.autograd.grad(other, list(model.parameters())), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max())
+
+
+def test_cudnn_is_left_out_where_its_gradients_may_be_nan(monkeypatch):
+    """On an H200, 2 of 200 gradients were not finite: cuDNN's may be NaN if T mod 128 is 64."""
+    fused, allowed = F.scaled_dot_product_attention, []
+
+    def spy(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for T in (63, 64, 65, 128, 192):
+        x, mask = torch.randn(1, 2, T, 8), torch.ones(T, T, dtype=torch.bool).tril()
+        attention(x, x, x, mask, Dropout(0.0))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert allowed == [True, False, True, True, False]
 
 
 def test_the_decoder_is_transformers_gpt2():
