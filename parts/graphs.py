@@ -22,7 +22,7 @@ from torch import Tensor
 
 MOST_ROWS = 2048  # with more, the work itself takes longer than its launch (LOG.md)
 MOST_SHARING = 16  # rows per image: each of them passes over the slots of all
-KEPT = 2  # graphs per model: of whole batches, and of the last one
+KEPT = 3  # decoders per model: of an evaluation's batches, its last one, and sampling
 
 
 class GraphedDecoder:

@@ -299,6 +299,21 @@ def test_a_cpu_decodes_without_graphs(monkeypatch):
     assert len(generate(peaked(), images(2), IDS, Decoding(max_len=8))) == 2
 
 
+def test_self_critical_training_makes_each_graph_once(monkeypatch):
+    """`bench.py scst` made each again in each turn: a step's, and the usual way's two."""
+    made, GraphedDecoder = [], graphs.GraphedDecoder
+
+    def make(model, B, K, max_len):
+        made.append((B, K))
+        return GraphedDecoder(model, B, K, max_len, graph=False)
+
+    monkeypatch.setattr(graphs, "GraphedDecoder", make)
+    model = peaked()
+    for B, K in 2 * [(4, 5), (4, 1), (20, 1)]:
+        graphs.with_graphs(model, images(B), K, 8)
+    assert made == [(4, 5), (4, 1), (20, 1)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_strategy
 def test_a_graph_decodes_the_same(cfg, monkeypatch):
