@@ -115,6 +115,8 @@ def load_exported(path: Path) -> dict:
     from safetensors.torch import load_file
 
     content = read_json(path.with_name("config.json"))
+    if "sha256" not in content:
+        raise UserError(f"{path} is for transformers: give one that was exported without --gpt2")
     for name, digest in content["sha256"].items():
         if sha256(path.with_name(name)) != digest:
             raise UserError(f"{path.with_name(name)} is damaged: use another copy")
