@@ -157,6 +157,19 @@ def test_cudnn_is_left_out_where_its_gradients_may_be_nan(monkeypatch):
     assert allowed == [True, False, True, True, False]
 
 
+@pytest.mark.parametrize("T", [64, 65, 192])
+def test_gradients_are_finite_where_all_scores_are_low(T):
+    """Those of cuDNN were not, in bfloat16, at T = 64 and 192. On a CPU they always were."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = torch.randn(3, 1, 1, T, 64, device=device).bfloat16().unbind(0)
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[..., 0] = 1.0, -960.0  # scores of -120
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None]
+    y = attention(*inputs, mask, Dropout(0.0))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), inputs))
+
+
 def test_the_decoder_is_transformers_gpt2():
     """The same weights in GPT2LMHeadModel, fed our prefix and tokens as `inputs_embeds`."""
     transformers = pytest.importorskip("transformers")
