@@ -471,7 +471,7 @@ def read_captions(path: str) -> list[dict]:
             if columns.count(name) > 1:
                 raise UserError(f"{path}: {name} is there twice: rename one")
     else:
-        rows = read_json(path, "give predictions, then references")
+        rows = read_json(path)
     if isinstance(rows, dict):
         rows = rows.get("annotations")
     if not isinstance(rows, list) or not rows:

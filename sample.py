@@ -92,9 +92,9 @@ class SampleConfig(Decoding):
             object.__setattr__(self, "split", "val")  # the class is frozen
         borrows = self.method == "nearest" or self.rerank == "neighbours"
         if borrows and self.split == "train":
-            raise ConfigError("the captions come from split `train`: choose another", "split")
+            raise ConfigError("split: captions are borrowed from `train`: choose another", "split")
         if self.method == "nearest" and (self.prompt or self.attention):
-            raise ConfigError("prompt and attention do nothing with --method=nearest", "method")
+            raise ConfigError("method: nearest takes no prompt and no attention", "method")
         shown = self.split or self.gallery or self.out_json
         for name, useful, needed in (
             ("rerank", self.n_best > 1, "--n_best=2 or more"),

@@ -60,8 +60,8 @@ def main(cfg: ExportConfig) -> None:
         del weights["lm_head.weight"]  # it is the token embeddings'
         (folder / "model.safetensors").write_bytes(save(weights))
         (folder / "tokenizer.model").write_bytes(tokenizer.model)
-        names = ("format", "model_config", "meta", "config", "step", "scores")
-        kept = {name: content[name] for name in names}
+        names = ("format", "model_config", "meta", "config", "step", "scores", "metrics")
+        kept = {name: content.get(name) for name in names}
         kept["sha256"] = {path.name: sha256(path) for path in folder.iterdir()}
         write_text(folder / "config.json", json.dumps(kept, indent=1))
         images = "--image photo.jpg" if meta.encoder else "--split val"
@@ -118,7 +118,7 @@ def card(model: ClipLM, meta: Meta, content: dict, usage: str, longest: int) -> 
         P=model.cfg.prefix_length, usage=usage, data="; ".join(data), longest=longest,
         settings="\n".join(settings), scores="\n".join(scores), step=content["step"],
         captioned=min(config["eval_images"] or validation, validation), validation=validation,
-        metrics=content.get("metrics", "unknown"),
+        metrics=content.get("metrics") or "unknown",
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from parts.encoder import load_model, loading
 # The tokenizer
 
 BOS, PAD = "<|bos|>", "<|pad|>"  # GPT-2 itself has an end token only
+SAMPLE = "A dog's  ball, 犬 🐶"
 
 
 class BytePairs:
@@ -67,20 +68,21 @@ class BytePairs:
 def read_tokenizer(name: str) -> bytes:
     """Return the JSON of a byte-level BPE, with the tokens bos and pad added.
 
-    Raise UserError if it is of another kind or has no end token.
+    Raise UserError if it does not keep every text, or has no end token.
     """
     with loading(f"tokenizer={name}"):
-        from tokenizers import decoders, processors
+        from tokenizers import processors
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(or_shipped(name), trust_remote_code=False)
         bpe, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
-    if not isinstance(bpe.decoder, decoders.ByteLevel):
-        raise UserError(f"tokenizer={name} is not a byte-level BPE, such as gpt2's")
-    if not eos:
-        raise UserError(f"tokenizer={name} has no end token: add eos_token to its settings")
     bpe.no_padding()
     bpe.no_truncation()
+    ids = bpe.encode(SAMPLE, add_special_tokens=False).ids
+    if bpe.decode(ids) != SAMPLE:  # also one without its files, which transformers makes up
+        raise UserError(f"tokenizer={name} does not keep every text, as gpt2's byte-level BPE does")
+    if not eos:
+        raise UserError(f"tokenizer={name} has no end token: add eos_token to its settings")
     bpe.add_special_tokens([BOS, PAD])
     ends = [(token, bpe.token_to_id(token)) for token in (BOS, eos)]
     bpe.post_processor = processors.TemplateProcessing(f"{BOS} $A {eos}", special_tokens=ends)
@@ -132,7 +134,7 @@ def load_decoder(model, name: str) -> None:
         wrong = [f"{key} is {found[key]}, not {needed[key]}" for key in needed
                  if found[key] != needed[key]]  # fmt: skip
         if wrong:
-            raise UserError(f"{what}: {', '.join(wrong)}: config/coco_clipcap.py shows what fits")
+            raise UserError(f"{what}: {', '.join(wrong)}: config/coco_clipcap.py fits gpt2")
         weights = load_model(name, "GPT2LMHeadModel", what).state_dict()
     for key in weights:
         if key.endswith(TRANSPOSED):

@@ -107,9 +107,11 @@ def test_tokenizers_that_cannot_serve_are_refused(gpt2, tmp_path):
     shutil.rmtree(own)
     own.mkdir()
     refused("own could not be loaded", own)
+    shutil.copy(gpt2 / "config.json", own)  # without the tokenizer's files, it has an empty one
+    refused("own does not keep every text, as gpt2's byte-level BPE does", own)
     words = transformers.BertTokenizer(vocab={"[UNK]": 0, "a": 1, "b": 2}, eos_token="b")
     words.save_pretrained(own)
-    refused("own is not a byte-level BPE", own)
+    refused("own does not keep every text", own)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def test_weights_that_do_not_fit_are_one_clear_line(mine, gpt2, tmp_path, capfd)
 
     folder = gpt2
     assert "n_layer is 2, not 3, bias is True, not False" in refused(n_layer=3, bias=False)
-    assert "n_positions is 48, not 64: config/coco_clipcap.py shows" in refused(block_size=64)
+    assert "n_positions is 48, not 64: config/coco_clipcap.py fits gpt2" in refused(block_size=64)
     prepare.main(Config(**mine | dict(dataset="learned", tokenizer="", vocab_size=64)))
     assert f"gpt2: vocab_size is {vocabulary(gpt2)}, not " in refused(dataset="learned")
     assert "the decoder's weights with freeze_decoder" in refused(init_from="", freeze_decoder=True)

@@ -145,16 +145,13 @@ def test_reranking_puts_the_captions_that_agree_best_first(trained, method, rera
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (dict(split="train", method="nearest"), "captions come from split `train`"),
+        (dict(split="train", method="nearest"), "^split: captions are borrowed from `train`: "),
         (dict(rerank="consensus"), "rerank: does nothing without --n_best=2 or more"),
         (dict(rerank_weight=1.0), "rerank_weight: does nothing without --rerank"),
         (dict(neighbours=3), "neighbours: does nothing without"),
         (dict(pick="random"), "pick: does nothing without --method=nearest"),
         (dict(method="nearest", neighbours=1001), "neighbours: expected"),
-        (
-            dict(method="nearest", prompt="a"),
-            "prompt and attention do nothing with --method=nearest",
-        ),
+        (dict(method="nearest", prompt="a"), "^method: nearest takes no prompt and no att"),
         (dict(method="nearest", n_best=2), "n_best: expected at most 1"),
     ],
 )
