@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ from parts.common import UserError, append, owning, printable, run, sha256, writ
 from parts.device import Device, lay_out_by_columns
 from parts.neighbours import ImageText, Neighbours
 from parts.tracking import Tracker
+
+# How the files begin that it may replace, its own and empty ones: not, say, captions in val.csv.
+OURS = re.compile(rb'\Z|\[\]|\[{"image_id|image_id,|<!doctype html>\n<!-- The page that gallery')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,8 @@ def main(cfg: SampleConfig) -> dict:
     with contextlib.ExitStack() as stack:
         for path in filter(None, (cfg.out_json, cfg.out_csv, cfg.gallery and page)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
+            if os.path.isfile(path) and not OURS.match(Path(path).read_bytes()):
+                raise UserError(f"{path} is another program's: move it, or give another name")
         return caption_and_score(cfg, page)
 
 

@@ -261,6 +261,27 @@ def test_nothing_is_ignored_or_found_out_too_late(trained, settings, says):
         sample.main(SampleConfig(**dict(ckpt="out/tiny/ckpt.pt", split="val") | settings))
 
 
+@pytest.mark.parametrize(
+    "settings, file",
+    [
+        (dict(out_json="val.json"), "val.csv"),
+        (dict(out_json="p.json", out_csv="val.csv"), "val.csv"),
+        (dict(out_json="out/tiny/log.jsonl"), "out/tiny/log.jsonl"),
+        (dict(out_json="data/tiny/val.json"), "data/tiny/val.json"),
+        (dict(out_json="index.json", gallery=True), "index.html"),
+    ],
+)
+def test_a_file_of_someone_else_is_not_replaced(trained, settings, file):
+    """`--out_json=val.json` replaced the user's own captions in val.csv, which nobody had named.
+    The log of a run that still trained, or a split's references, went the same way."""
+    Path("val.csv").write_text("image,caption\n1.png,a dog\n")
+    Path("index.html").write_text("<!doctype html>\n<html>my page")
+    before = Path(file).read_bytes()
+    with pytest.raises(UserError, match=f"^{file} is another program's: move it"):
+        sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", device="cpu", **settings))
+    assert Path(file).read_bytes() == before
+
+
 def test_torchrun_is_refused(trained, monkeypatch):
     """Two processes wrote the same file at once."""
     monkeypatch.setenv("WORLD_SIZE", "2")
