@@ -201,9 +201,9 @@ def fingerprint_of_inputs(splits: Splits, cfg: Config, encoder) -> dict:
     sha = hashlib.sha256()
     for split, records in splits.items():
         for record in records:
-            path, *part = sources.locate(record, cfg)
+            path, *part = sources.locate(record, cfg)  # of which the folder does not count
             status = (stat(path).st_size, stat(path).st_mtime_ns)
-            sha.update(repr((split, path, part, *status, record.bad)).encode())
+            sha.update(repr((split, record.file_name, part, *status, record.bad)).encode())
     return {
         "images": sha.hexdigest(), "encoder": encoder.digest(), "features": cfg.features,
         "grid": cfg.grid, "batch": cfg.encode_batch, "device": encoder.device.type,

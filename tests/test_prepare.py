@@ -396,6 +396,17 @@ def test_a_finished_encoding_is_used_again(finished, capsys):
         rerun(options | {"max_bad": 0.0}, encoded)
 
 
+@pytest.mark.parametrize("how", ["absolute", "moved"])
+def test_the_same_photos_in_a_folder_of_another_name_are_not_encoded_again(finished, here, how):
+    """`--images=photos`, then the same with its full path: hours of encoding began anew. So did
+    they after the photos had been moved to another disk."""
+    options, encoded = finished
+    folder = here / "photos"
+    if how == "moved":
+        folder = folder.rename(here / "elsewhere")
+    assert rerun(options | {"images": str(folder)}, encoded) == 0
+
+
 def test_other_settings_or_images_are_encoded_anew(finished, here):
     options, encoded = finished
     assert rerun(options | {"features": "grid"}, encoded) == 6
