@@ -323,8 +323,11 @@ def copy_embeddings(splits: Splits, cfg: Config) -> dict[str, Path]:
     owner: dict[int, str] = {}  # row -> the image that has it
     problems = sources.Problems()
     for split, records in list(splits.items()):
-        names = [record.file_name for record in records]
-        rows[split] = [index.get(name, index.get(name.rpartition("/")[2])) for name in names]
+        rows[split] = []
+        for record in records:
+            name = record.file_name
+            known = (f"{record.split}/{name}", name, name.rpartition("/")[2])
+            rows[split].append(next((index[n] for n in known if n in index), None))
         if split not in sources.NEEDED and set(rows[split]) == {None}:
             print(f"left out split `{split}`: {cfg.embedding_names} has none of its images")
             del splits[split]
@@ -337,7 +340,9 @@ def copy_embeddings(splits: Splits, cfg: Config) -> dict[str, Path]:
             elif row is not None:
                 owner[row] = name
             elif not record.bad:
-                problems.add(f"images without a row in {cfg.embedding_names}", split, name)
+                first = f"the first of its names is {next(iter(index))}"
+                where = f"images without a row in {cfg.embedding_names} ({first})"
+                problems.add(where, split, name)
     problems.stop(cfg.embeddings)
     start_encoding(cfg, {}, {})
     files = {split: cfg.data_dir / "encoding" / f"{split}.npy" for split in splits}
@@ -393,7 +398,8 @@ def open_embeddings(cfg: Config) -> tuple[np.ndarray, dict[str, int]]:
         )
     index = {name.strip(): row for row, name in enumerate(names)}
     if len(index) != len(names):
-        raise UserError(f"{cfg.embedding_names}: {len(names) - len(index)} names occur twice")
+        twice = f"{len(names) - len(index)} names occur twice"
+        raise UserError(f"{cfg.embedding_names}: {twice}: write them with folders, as train/1.jpg")
     return array[:, None] if array.ndim == 2 else array, index
 
 

@@ -301,7 +301,8 @@ class Gathering:
                 self.problems.add("no such image", where, file)
             return
         if record.split != row.split:
-            self.problems.add("image in two splits", where, name)
+            hint = "if each has a folder, set --images=FOLDER/{split}"
+            self.problems.add(f"image in two splits ({hint})", where, name)
             self.check_id(where, "images", row.split, row.id)
         elif self.cfg.source not in SEVERAL_ROWS:
             self.problems.add("image listed twice", where, name)

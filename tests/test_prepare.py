@@ -65,12 +65,13 @@ def test_own_embeddings_and_their_mistakes(here, capsys):
     with pytest.raises(UserError, match=r"e.npy has shape \(7, 3, 5\), names.txt has 6 names"):
         prepare.main(Config(**options))
     Path("names.txt").write_text("\n".join([*names[:6], names[0]]), encoding="utf-8")
-    with pytest.raises(UserError, match="1 names occur twice"):
+    with pytest.raises(UserError, match="1 names occur twice: write them with folders"):
         prepare.main(Config(**options))
     Path("names.txt").write_text("\n".join([*names[:6], "other.png"]), encoding="utf-8")
     with pytest.raises(UserError, match="e.npy: 1 problem"):
         prepare.main(Config(**options))
-    assert "images without a row in names.txt: 1\n  val: val1.png" in capsys.readouterr().err
+    listed = "images without a row in names.txt (the first of its names is train0.png): 1"
+    assert f"{listed}\n  val: val1.png" in capsys.readouterr().err
     Path("names.txt").write_text("\n".join(names[:5] + ["x", "y"]), encoding="utf-8")
     Path("val.csv").write_text("image,caption\nsub/train2.png,x\nother/train2.png,y\n")
     with pytest.raises(UserError, match="e.npy: 2 problem"):

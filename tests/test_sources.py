@@ -566,6 +566,24 @@ def test_tables_as_spreadsheets_write_them(here):
     assert sorted(captions) == ["a cat", "\u3000一只狗\u00a0"]
 
 
+def test_names_that_begin_anew_in_each_split(here, capsys):
+    """Hugging Face's train/1.jpg and val/1.jpg, both `1.jpg` in their metadata.jsonl: no list of
+    names fitted. With folders, none was found; without, each occurred twice."""
+    names = ["val/0.jpg", "train/0.jpg", "train/1.jpg"]
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        line = json.dumps({"file_name": Path(name).name, "text": f"a dog of {name}"})
+        with open(Path(name).with_name("metadata.jsonl"), "a") as file:
+            file.write(line + "\n")
+    options = dict(source="jsonl", captions="{split}/metadata.jsonl")
+    listed, _ = problems_of(capsys, **options)
+    assert "image in two splits (if each has a folder, set --images=FOLDER/{split}): 1" in listed
+    prepare.main(own(names, **options, images="{split}"))
+    array = np.load("e.npy").astype(np.float16)
+    np.testing.assert_array_equal(Split("data/mine", "val").embeddings[:, 0], array[:1])
+    np.testing.assert_array_equal(Split("data/mine", "train").embeddings[:, 0], array[1:])
+
+
 def test_captions_may_come_from_a_pipe(here):
     """As in `--captions=<(zcat captions.csv.gz)`: it can be read once."""
     photos(here / "photos", ["f.png", "g.png"])
@@ -735,7 +753,7 @@ def test_splits_and_ids(here, capsys):
     for expected in (
         "image with two ids (if they number captions, rename the column): 1\n  x.jsonl:2: f.png: "
         "1 and '1'",
-        "image in two splits: 2\n  x.jsonl:3",
+        "image in two splits (if each has a folder, set --images=FOLDER/{split}): 2\n  x.jsonl:3",
         "id of two images: 1\n  x.jsonl:4",
         "bad split name (expected lower-case letters, digits, - or _): 1\n  x.jsonl:5: ../../x",
         "bad caption (not text): 1\n  x.jsonl:5",
@@ -885,7 +903,8 @@ def test_one_file_with_two_names_is_one_image(here, capsys):
     photos(here / "photos", ["a.png", "train/1.png", "val/1.png"])
     Path("x.csv").write_text("image,caption,split\na.png,x,train\n./a.png,x,val\n")
     listed, _ = problems_of(capsys, source="csv", captions="x.csv")
-    assert "image in two splits: 1\n  x.csv:3: ./a.png" in listed
+    assert "image in two splits (if each has a folder, set --images=FOLDER/{split}): 1" in listed
+    assert "\n  x.csv:3: ./a.png" in listed
     Path("x.csv").write_text("image,caption,split\n1.png,x,train\n1.png,y,val\n")
     cfg = Config(dataset="d", source="csv", captions="x.csv", images="photos/{split}")
     assert {s: r[0].captions for s, r in sources.read(cfg).items()} == {
