@@ -394,10 +394,15 @@ def row_of(entry: dict, columns: tuple[str, str]) -> Record:
 
 
 def read_csv(path: str, problems: Problems) -> Iterator[Row]:
-    """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
+    """CSV with a header: image, caption, optionally id, split and tokens; others are ignored.
+
+    Semicolons or tabs may separate the columns, as some spreadsheets write them.
+    """
     csv.field_size_limit(2**31 - 1)  # by default, 131,072 characters: too few for some columns
     with open_text(path) as file:
-        reader = csv.reader(file, strict=True, skipinitialspace=True)
+        first = file.readline()
+        options = {"delimiter": max(",;\t", key=first.count), "skipinitialspace": True}
+        reader = csv.reader(itertools.chain([first], file), strict=True, **options)
         header: list[str] = []
         cells: list[str] | None = []
         while cells is not None:

@@ -566,6 +566,17 @@ def test_tables_as_spreadsheets_write_them(here):
     assert sorted(captions) == ["a cat", "\u3000一只狗\u00a0"]
 
 
+@pytest.mark.parametrize("bar", [";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_tables_with_semicolons_or_tabs(here, bar, encoding):
+    """A spreadsheet's "CSV" has semicolons in half of Europe, and its "Unicode text" has tabs:
+    "expected a header" was the answer, and what to change was not said."""
+    Path("x.csv").write_text(f'image{bar}caption\n0.jpg{bar}"a; b, c"\n1.jpg{bar}a, b\n', encoding)
+    cfg = own(["0.jpg", "1.jpg"], source="csv", captions="x.csv", val_images=1)
+    captions = [r.captions for records in sources.read(cfg).values() for r in records]
+    assert sorted(captions) == [["a, b"], ["a; b, c"]]
+
+
 def test_names_that_begin_anew_in_each_split(here, capsys):
     """Hugging Face's train/1.jpg and val/1.jpg, both `1.jpg` in their metadata.jsonl: no list of
     names fitted. With folders, none was found; without, each occurred twice."""
