@@ -11,6 +11,7 @@ name may point outside the images folder.
 `cfg` is the settings of prepare.py (configurator.Config).
 """
 
+import ast
 import codecs
 import contextlib
 import csv
@@ -48,6 +49,9 @@ SPACES = re.compile(r"[ \t-\r]+")  # of ASCII; other spaces are the user's text,
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
 IN_TARS = ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .heic .heif .jp2".split()
 MACOS = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS adds to archives
+# A list of texts in one cell of a CSV, as JSON, Python and numpy write it.
+QUOTED = r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\""""
+LISTED = re.compile(rf"\[\s*(?:(?:{QUOTED})[,\s]*)+]")
 SPLIT_NAME = re.compile(r"(?!meta$)[a-z0-9][a-z0-9_-]{0,40}")  # it becomes part of file names
 
 
@@ -368,11 +372,11 @@ def open_text(path: str):
 def columns_of(names: list[str], where: str) -> tuple[str, str]:
     """Return which column of a CSV, or key of a JSON line, has the image and which the caption.
 
-    file_name and text are Hugging Face's. Raise UserError if there is none, or if one that is read
-    is there twice.
+    file_name and text are Hugging Face's, filename and raw Karpathy's. Raise UserError if there is
+    none, or if one that is read is there twice.
     """
-    image = [name for name in ("image", "file_name") if name in names]
-    caption = [name for name in ("caption", "captions", "text") if name in names]
+    image = [name for name in ("image", "file_name", "filename") if name in names]
+    caption = [name for name in ("caption", "captions", "text", "raw") if name in names]
     if not image or not caption:
         got = ",".join(names)[:60]
         raise UserError(f"{where}: expected a header or keys with image,caption, got `{got}`")
@@ -385,6 +389,9 @@ def columns_of(names: list[str], where: str) -> tuple[str, str]:
 def row_of(entry: dict, columns: tuple[str, str]) -> Record:
     """Return the image of a CSV's or JSONL's line, with as many `tokens` as `captions`."""
     name, captions = (entry[column] for column in columns)
+    if isinstance(captions, str) and LISTED.fullmatch(captions):
+        with contextlib.suppress(ValueError, SyntaxError):  # of a backslash; it stays one text
+            captions = [ast.literal_eval(text) for text in re.findall(QUOTED, captions)]
     tokens = entry.get("tokens")
     if tokens is not None and not (isinstance(captions, list) and isinstance(tokens, list)):
         tokens = [tokens]

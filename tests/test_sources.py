@@ -577,6 +577,25 @@ def test_tables_with_semicolons_or_tabs(here, bar, encoding):
     assert sorted(captions) == [["a, b"], ["a; b, c"]]
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        json.dumps(["a dog's ball", 'a "big" caf\u00e9']),
+        str(["a dog's ball", 'a "big" caf\u00e9']),
+        str(np.array(["a dog's ball", 'a "big" caf\u00e9'])),
+    ],
+)
+def test_a_list_of_captions_in_one_cell(here, cell):
+    """As pandas, and Hugging Face's Flickr30k in its columns filename and raw, write an image's
+    five captions: the whole list, with its brackets, was one caption, of each image."""
+    rows = [["filename", "raw"], ["0.jpg", cell], ["1.jpg", "[not a list"]]
+    with open("x.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    cfg = own(["0.jpg", "1.jpg"], source="csv", captions="x.csv", val_images=1)
+    captions = [r.captions for records in sources.read(cfg).values() for r in records]
+    assert sorted(captions) == [["[not a list"], ["a dog's ball", 'a "big" caf\u00e9']]
+
+
 def test_names_that_begin_anew_in_each_split(here, capsys):
     """Hugging Face's train/1.jpg and val/1.jpg, both `1.jpg` in their metadata.jsonl: no list of
     names fitted. With folders, none was found; without, each occurred twice."""
