@@ -43,7 +43,7 @@ class BadImage(Exception):
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 LARGEST = 1 << 28  # bytes of a file
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-HIDDEN = re.compile(r"\.|__MACOSX$")
+HIDDEN = re.compile(r"\.|(__MACOSX|Thumbs\.db|desktop\.ini)$", re.IGNORECASE)
 NARROWEST = 200  # longer : shorter side; resizing to CLIP's height multiplies the memory by it
 # Pillow's warnings would interrupt the progress bar; those that matter become a BadImage.
 warnings.filterwarnings("ignore", module="PIL")
@@ -123,9 +123,9 @@ def to_8_bits(image):
 def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Return the files among `paths`, and those in folders among them, sorted by name.
 
-    Hidden files, of which macOS makes many, and its `__MACOSX` are ignored. The second list has a
-    line for all else that was passed over: other types of files, and links to folders, which may
-    lead in a circle. Raise UserError if a path does not exist, or if a folder holds no image or
+    Hidden files, and those that macOS and Windows add, are ignored. The second list has a line for
+    all else that was passed over: other types of files, and links to folders, which may lead in a
+    circle. Raise UserError if a path does not exist, or if a folder holds no image or
     cannot be read.
     """
 

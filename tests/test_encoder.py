@@ -475,10 +475,12 @@ def test_an_image_within_a_larger_file(tmp_path):
 
 def test_find_images(tmp_path):
     """HEIC, .jfif, files without a suffix and links to folders were left out without a word, and
-    macOS's `._` files were taken for images."""
+    macOS's `._` files were taken for images. So were Windows' Thumbs.db and desktop.ini, of which
+    most folders have one: sample.py ended with status 1."""
     names = ["a.png", "b.JPG", "c/x.webp", "d.jfif", "e.HEIC", "f.jpe", "noext"]
     others = ["notes.txt", "c/x.json"]
     hidden = [".DS_Store", "._a.png", "c/._x.webp", "__MACOSX/a.png", ".thumbnails/a.png"]
+    hidden += ["Thumbs.db", "c/desktop.ini"]
     for name in names + others + hidden:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
