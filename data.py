@@ -247,7 +247,7 @@ class Meta:
     def read(cls, folder: Path) -> "Meta":
         """Read meta.json. Raise UserError if there is no dataset, or of another format."""
         path = folder / "meta.json"
-        hint = "run `python prepare.py config/<name>.py` first"
+        hint = "run `python prepare.py config/<name>.py` first, or set --data to its folder"
         content = read_json(path, hint)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a dataset of format {FORMAT}: {hint}")
