@@ -208,7 +208,8 @@ class Signals:
     """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
     SIGHUP (a closed terminal, a lost connection) asks too, but never ends the process: the shell
-    and the system send one each. Under nohup it stays ignored.
+    and the system send one each. Under nohup it stays ignored. So do SIGUSR1 and SIGUSR2, by which
+    schedulers such as Slurm warn.
 
     A scheduler may signal torchrun and its processes, and torchrun passes its own on to them:
     what comes within `echo` seconds of the first is the same signal.
@@ -220,8 +221,10 @@ class Signals:
         self.echo = echo
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self.hang_up)
+        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):  # which Windows lacks
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.hang_up)
 
     def hang_up(self, number, frame) -> None:
         self.asked = True

@@ -293,7 +293,8 @@ def outcome(script: str, args: list[str], capfd) -> tuple[int, str, str]:
     """The exit status, stdout and stderr of a script that is run in this very process."""
     capfd.readouterr()
     status, argv = 0, sys.argv
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    names = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2".split()
+    handlers = [(s, signal.getsignal(s)) for s in map(signal.Signals.__getitem__, names)]
     streams = sys.stdout, sys.stderr
     sys.argv = [str(ROOT / script), *args]
     try:

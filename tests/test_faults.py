@@ -270,19 +270,22 @@ def test_a_second_signal_ends_it_at_once(here, capfd, monkeypatch):
     assert checkpoint.load("out/tiny/last.pt")["step"] == 6
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_lost_connection_saves_unless_it_is_ignored(here, monkeypatch, nohup):
-    """SIGHUP, of which a closed terminal sends two, ended training unsaved."""
+def test_a_lost_connection_saves_unless_it_is_ignored(here, monkeypatch, nohup, name):
+    """SIGHUP, of which a closed terminal sends two, ended training unsaved. So did SIGUSR1, by
+    which Slurm warns a job (`sbatch --signal=USR1@60`), and SIGUSR2, Grid Engine's warning."""
+    number = getattr(signal, name)
     update = train.Training.update
 
     def hung_up(self, *args):
         if self.progress.step == 2:
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), number)
         return update(self, *args)
 
     monkeypatch.setattr(train.Training, "update", hung_up)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    before = signal.signal(number, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         if nohup:
             train.main(Config(**SMALL))
@@ -291,7 +294,7 @@ def test_a_lost_connection_saves_unless_it_is_ignored(here, monkeypatch, nohup):
                 train.main(Config(**SMALL))
             assert stop.value.code == train.PREEMPTED
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
     assert checkpoint.load("out/tiny/last.pt")["step"] == (12 if nohup else 3)
 
 
