@@ -353,6 +353,8 @@ def read_rows(cfg, problems: Problems) -> Iterator[Row]:
         path = cfg.captions.replace("{split}", split)
         if path != cfg.captions and not (os.path.exists(path) or glob.glob(path)):
             continue
+        if os.path.realpath(path) == os.path.realpath(cfg.data_dir / f"{split}.json"):
+            raise UserError(f"{path} would be replaced: move it elsewhere, or set --data")
         for where, record in reader(path, problems):
             if record.split is None:
                 record.split = split

@@ -614,6 +614,19 @@ def test_names_that_begin_anew_in_each_split(here, capsys):
     np.testing.assert_array_equal(Split("data/mine", "train").embeddings[:, 0], array[1:])
 
 
+@pytest.mark.parametrize("captions", ["{split}.json", "train.json"])
+def test_captions_that_the_dataset_would_replace_are_refused(here, captions):
+    """Whoever kept their own COCO files in data/mine/ had them replaced by the dataset's, which
+    bear the same names, without the licenses and all else that it does not need."""
+    Path("data/mine").mkdir(parents=True)
+    for split, names in (("train", ["0.jpg"]), ("val", ["1.jpg"])):
+        Path(f"data/mine/{split}.json").write_text(coco(names))
+    cfg = own(["0.jpg", "1.jpg"], source="coco", captions=f"./data/mine/{captions}")
+    with pytest.raises(UserError, match=r"data/mine/train.json would be replaced: move it"):
+        prepare.main(cfg)
+    assert Path("data/mine/train.json").read_text() == coco(["0.jpg"])
+
+
 def test_captions_may_come_from_a_pipe(here):
     """As in `--captions=<(zcat captions.csv.gz)`: it can be read once."""
     photos(here / "photos", ["f.png", "g.png"])
