@@ -277,8 +277,9 @@ class Meta:
         )
 
     def refuse_other(self, trained_on: "Meta", path: Path | str, hint: str) -> None:
-        """Raise UserError, with `hint`, if a checkpoint was trained on other files than these."""
-        names = self.files | trained_on.files
+        """Raise UserError, with `hint`, if a checkpoint was trained on other files than these. A
+        split that only one of them has changes nothing."""
+        names = [n for n in trained_on.files if n in self.files] or self.files
         changed = ", ".join(n for n in names if self.files.get(n) != trained_on.files.get(n))
         if changed:
             raise UserError(f"{path} was trained on another dataset: {changed} differ: {hint}")

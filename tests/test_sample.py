@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from configurator import Config
-from data import Split
+from data import Meta, Split, files_of
 from parts.common import UserError, owning
 from sample import SampleConfig
 
@@ -152,6 +152,19 @@ def test_another_dataset_is_scored_only_if_asked(trained, no_java, capsys):
     scores = sample.main(replace(cfg, other_dataset=True))
     assert scores["CIDEr"] >= 0
     assert scores["diversity"]["novel"] is None  # it counted captions that this training never saw
+
+
+def test_a_split_that_is_added_later_makes_no_other_dataset(trained, no_java):
+    """With a test split prepared after training, the checkpoint was "trained on another dataset":
+    the split could not be scored as its own, and the run could not be resumed."""
+    folder = Path("data/tiny")
+    for file in files_of("val")[1:]:
+        shutil.copy(folder / file, folder / file.replace("val", "test"))
+    meta = Meta.read(folder)
+    replace(meta, splits=meta.splits | {"test": meta.splits["val"]}).write(folder)
+    scores = sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", split="test", device="cpu"))
+    assert scores["diversity"]["novel"] is not None
+    train.main(Config(**SMALL | dict(resume=True, max_iters=14)))
 
 
 def test_long_captions_are_whole_or_counted(here, no_java, capsys):
