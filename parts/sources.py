@@ -157,6 +157,9 @@ def render_scenes(cfg) -> dict[str, list[Record]]:
                 f"source=shapes renders its own scenes and takes no {setting}: "
                 f"add --source=NAME, one of {' '.join(READERS)}"
             )
+    meta = cfg.data_dir / "meta.json"
+    if meta.is_file() and (source := read_json(meta).get("source")) != cfg.source:
+        raise UserError(f"{cfg.data_dir} has source={source}: add it, or choose another --dataset")
     counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
     scenes = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
     number = itertools.count()

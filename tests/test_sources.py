@@ -627,6 +627,17 @@ def test_captions_that_the_dataset_would_replace_are_refused(here, captions):
     assert Path("data/mine/train.json").read_text() == coco(["0.jpg"])
 
 
+def test_the_built_in_scenes_replace_no_other_dataset(here):
+    """`prepare.py --dataset=mine` alone, to prepare again, rendered 11,000 scenes, and put them in
+    the place of a dataset of photographs that had taken hours to encode."""
+    Path("x.csv").write_text("image,caption\n0.jpg,a dog\n1.jpg,a dog\n")
+    prepare.main(own(["0.jpg", "1.jpg"], source="csv", captions="x.csv", val_images=1))
+    before = made()
+    with pytest.raises(UserError, match="data/mine has source=csv: add it, or choose another"):
+        prepare.main(Config(dataset="mine", shapes_train=9, shapes_eval=9))
+    assert made() == before and not Path("data/mine/images").exists()
+
+
 def test_captions_may_come_from_a_pipe(here):
     """As in `--captions=<(zcat captions.csv.gz)`: it can be read once."""
     photos(here / "photos", ["f.png", "g.png"])
