@@ -41,7 +41,7 @@ from parts.device import Device, lay_out_by_columns
 from parts.neighbours import ImageText, Neighbours
 from parts.tracking import Tracker
 
-# How the files begin that it may replace, its own and empty ones: not, say, captions in val.csv.
+# How the files begin that it may replace, its own and empty ones: not a user's captions in val.csv.
 OURS = re.compile(rb'\Z|\[\]|\[{"image_id|image_id,|<!doctype html>\n<!-- The page that gallery')
 
 
@@ -140,7 +140,7 @@ def main(cfg: SampleConfig) -> dict:
         for path in filter(None, (cfg.out_json, cfg.out_csv, cfg.gallery and page)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
             if os.path.isfile(path) and not OURS.match(Path(path).read_bytes()):
-                raise UserError(f"{path} is another program's: move it, or give another name")
+                raise UserError(f"{path} was not written by sample.py: move it, or give another name")
         return caption_and_score(cfg, page)
 
 

@@ -125,8 +125,8 @@ def find_images(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
 
     Hidden files, and those that macOS and Windows add, are ignored. The second list has a line for
     all else that was passed over: other types of files, and links to folders, which may lead in a
-    circle. Raise UserError if a path does not exist, or if a folder holds no image or
-    cannot be read.
+    circle. Raise UserError if a path does not exist, or if a folder holds no image or cannot be
+    read.
     """
 
     def unreadable(error: OSError):

@@ -19,7 +19,7 @@ from parts.encoder import load_model, loading
 # The tokenizer
 
 BOS, PAD = "<|bos|>", "<|pad|>"  # GPT-2 itself has an end token only
-SAMPLE = "A dog's  ball, 犬 🐶"
+SAMPLE = "A dog's  ball, 犬 🐶"  # a tokenizer must return it unchanged
 
 
 class BytePairs:
