@@ -175,14 +175,15 @@ class CiderD:
 
         self.frequencies = self
         if document_frequencies is None:
-            grams, df = np.unique(gram, return_counts=True)
+            grams, known, df = np.unique(gram, return_inverse=True, return_counts=True)
             self.grams = np.append(grams, LAST)
             self.idf = np.log(n_images) - np.log(np.append(df, 1))  # the last: of unseen n-grams
         elif document_frequencies.end != self.end:
             raise ValueError("CIDEr-D: frequencies with and without the end token do not mix")
         else:
             self.frequencies = document_frequencies.frequencies
-        idf = self.frequencies.idf[look_up(self.frequencies.grams, gram)]
+            known = look_up(self.frequencies.grams, gram)
+        idf = self.frequencies.idf[known]
         pair, slot = nonzero(self.tf[:-1])
         squares = (self.tf[pair, slot] * idf[pair]) ** 2
         squares = np.bincount(row[pair] * most + slot, squares, n_images * 4 * most)

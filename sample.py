@@ -140,7 +140,7 @@ def main(cfg: SampleConfig) -> dict:
         for path in filter(None, (cfg.out_json, cfg.out_csv, cfg.gallery and page)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
             if os.path.isfile(path) and not OURS.match(Path(path).read_bytes()):
-                raise UserError(f"{path} was not written by sample.py: move it, or give another name")
+                raise UserError(f"{path} is not sample.py's: move it, or give another name")
         return caption_and_score(cfg, page)
 
 

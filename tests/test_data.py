@@ -130,7 +130,7 @@ def test_a_file_that_is_not_as_written_is_named(here, file, damage):
 
 
 def test_a_missing_dataset_or_split_says_what_to_do(here):
-    with pytest.raises(UserError, match=r"data/none/meta.json not found: run `python prepare.py .*, or set --data"):
+    with pytest.raises(UserError, match="none/meta.json not found: run `python p.*, or set --data"):
         Split(here / "data/none", "train")
     with pytest.raises(UserError, match="no split `test`; it has: train, val"):
         Split(here / "data/tiny", "test")

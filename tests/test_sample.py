@@ -290,7 +290,7 @@ def test_a_file_of_someone_else_is_not_replaced(trained, settings, file):
     Path("val.csv").write_text("image,caption\n1.png,a dog\n")
     Path("index.html").write_text("<!doctype html>\n<html>my page")
     before = Path(file).read_bytes()
-    with pytest.raises(UserError, match=f"^{file} was not written by sample.py: move it"):
+    with pytest.raises(UserError, match=f"^{file} is not sample.py's: move it"):
         sample.main(SampleConfig(ckpt="out/tiny/ckpt.pt", device="cpu", **settings))
     assert Path(file).read_bytes() == before
 
