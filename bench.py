@@ -481,7 +481,9 @@ def train(cfg: TrainBench) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for P, R, dtype in itertools.product(cfg.P, cfg.R, cfg.dtypes):
             data = Path(folder, f"{P}x{R}")
-            settings = settings_of(cfg, data, P, R, 16, dtype=dtype, dropout=0.1)
+            # of fewer images, rows of similar length would be few, and none as long as in COCO
+            batches = max(16, 2048 // cfg.batch_size)
+            settings = settings_of(cfg, data, P, R, batches, dtype=dtype, dropout=0.1)
             rows += compare(cfg, Config(**settings), R, failed)
     return about | {"rows": rows, "failed": failed}
 
