@@ -70,6 +70,7 @@ class Bench:
 @dataclass(frozen=True, kw_only=True)
 class TrainBench(Bench):
     batch_size: int = 64  # images per step
+    images: int = 2048  # of train, at least: among few, none has captions as long as COCO's
     n_layer: int = 6  # decoder blocks
     n_head: int = 8  # attention heads per block
     n_embd: int = 512  # width of the decoder
@@ -91,7 +92,8 @@ class TrainBench(Bench):
         """Return the settings with tiny sizes if it is quick, or with GPT-2 small's."""
         sizes = {}
         if self.quick:
-            sizes = dict(batch_size=8, turns=2, n_layer=2, n_head=2, n_embd=32, vocab_size=512)
+            sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=512)
+            sizes |= dict(batch_size=8, images=128, turns=2)
         elif self.like == "clipcap":
             sizes = dict(P=(10,), R=(5,), n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
         return replace(self, **sizes)
@@ -481,8 +483,7 @@ def train(cfg: TrainBench) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for P, R, dtype in itertools.product(cfg.P, cfg.R, cfg.dtypes):
             data = Path(folder, f"{P}x{R}")
-            # of fewer images, rows of similar length would be few, and none as long as in COCO
-            batches = max(16, 2048 // cfg.batch_size)
+            batches = max(16, cfg.images // cfg.batch_size)
             settings = settings_of(cfg, data, P, R, batches, dtype=dtype, dropout=0.1)
             rows += compare(cfg, Config(**settings), R, failed)
     return about | {"rows": rows, "failed": failed}
