@@ -50,7 +50,7 @@ FORMAT = {  # of an entry of predictions.json; all but image_id and caption may 
     "path": str,  # of the image file
     "references": [str],
     "tokens": [str],  # the caption's
-    "logprobs": [int | float],  # of each token in nats, then perhaps that of the end
+    "logprobs": [int | float],  # of each token in nats (0 in a prompt), perhaps that of the end
     "n_best": [{"caption": str, "logprob": int | float}],
     "scores": {str: int | float},  # bleu, rouge_l, cider
     "facts": {"stated": [str], "true": [str]},

@@ -150,8 +150,7 @@ def caption_and_score(cfg: SampleConfig, page: Path) -> dict:
     captioner = Captioner(cfg)
     source = SplitSource(cfg, captioner) if cfg.split else FileSource(cfg, captioner)
     results = Results(cfg.out_json, captioner.signature() | source.signature())
-    first = len(results.entries)
-    if first:
+    if first := len(results.entries):
         print(f"resuming after {first} images in {results.path}")
     begin = time.perf_counter()
     caption_all(cfg, captioner, source, results)
@@ -363,10 +362,11 @@ class Captioner:
             for caption in captions
         ]
         best = captions[0]
+        given = len(best.ids) + best.ended - len(best.logprobs)  # tokens of the prompt
         prediction = {
             "caption": n_best[0]["caption"],
             "tokens": self.tokenizer.pieces(best.ids),
-            "logprobs": [round(logprob, 4) for logprob in best.logprobs],
+            "logprobs": [0.0] * given + [round(logprob, 4) for logprob in best.logprobs],
         }
         if not best.ended:
             prediction["cut"] = True

@@ -222,6 +222,25 @@ def test_attention_of_a_caption_that_fills_the_block(trained):
     assert all(len(p["attention"]) == len(p["tokens"]) == 30 for p in predictions)
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "beam", "beams": 3}, {"method": "sample"}])
+def test_each_token_has_its_own_logprob_behind_a_prompt(trained, no_java, settings):
+    """Those behind a prompt stood at its tokens, in predictions.json and in the gallery."""
+    own = dict(ckpt="out/tiny/ckpt.pt", device="cpu", out_json="p.json", prompt="dog runs")
+    sample.main(SampleConfig(**own, **settings))
+    captioner = sample.Captioner(SampleConfig(**own))
+    embeddings = captioner.split("val").embedding(np.arange(8))
+    for embedding, p in zip(embeddings, json.loads(Path("p.json").read_text()), strict=True):
+        assert p["tokens"][:2] == ["\u2581dog", "\u2581runs"] and p["logprobs"][:2] == [0, 0]
+        ids = captioner.tokenizer.sp.piece_to_id(p["tokens"])
+        tokens = torch.tensor([[captioner.tokenizer.bos, *ids]])
+        places = torch.arange(tokens.size(1))
+        row = (tokens, torch.ones_like(tokens), places[None], places)
+        logp = captioner.model(embedding[None], *row).log_softmax(-1)
+        wanted = logp[range(2, len(ids)), ids[2:]].tolist()
+        assert p["logprobs"][2 : len(ids)] == pytest.approx(wanted, abs=2e-3)
+        assert len(p["logprobs"]) == len(ids) + ("cut" not in p)
+
+
 @pytest.mark.parametrize(
     "args, says",
     [
