@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import metrics
 from configurator import Config, configure, from_dict
-from data import Meta, Order, Split, batches
+from data import Meta, Order, Split, batches, deal
 from decode import Caption, Decoding, generate
 from model import ClipLM, ModelConfig, loss_sum
 from parts import checkpoint, gpt2
@@ -163,6 +163,7 @@ class Training:
         self.split = Split(cfg.data_dir, "train")
         validation = Split(cfg.data_dir, "val")
         self.order = Order(cfg.seed, self.split.lengths, cfg.batch_size)
+        deal(self.order.batch(0), 0, device.world, cfg.gradient_accumulation_steps)  # may refuse
         self.best_path = cfg.run_dir / "ckpt.pt"
         self.last_path = cfg.run_dir / "last.pt"
 
@@ -504,8 +505,7 @@ class Evaluator:
         nll = shuffled = targets = 0.0
         by_length = np.argsort(self.split.lengths, kind="stable")  # similar lengths pad little
         rows = [by_length[i : i + self.BATCH] for i in range(0, len(by_length), self.BATCH)]
-        own = rows[self.device.rank :: self.device.world]
-        for batch in prefetch(self.split.pack, own):
+        for batch in prefetch(self.split.pack, rows[self.device.rank :: self.device.world]):
             if self.signals.asked:
                 break
             batch = self.device.put(batch)

@@ -273,6 +273,9 @@ def test_earlier_runs_are_moved_and_never_deleted(here, capfd):
     assert [len(files) for files in runs] == [3, 3, 2]
     assert sorted(os.listdir("out/tiny"))[:3] == ["ckpt.pt", "last.pt", "log.jsonl"]
     assert len(log_of("out/tiny")) == len(log_of("out/tiny/previous")) == 14
+    args = flags(gradient_accumulation_steps=9)  # it was refused after the move
+    assert "batch_size=8 is less than 9" in mistake("train.py", args, capfd)
+    assert not Path("out/tiny/previous-4").exists()
 
 
 def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(here):
