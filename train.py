@@ -504,7 +504,7 @@ class Evaluator:
         image before, and the number of targets."""
         nll = shuffled = targets = 0.0
         by_length = np.argsort(self.split.lengths, kind="stable")  # similar lengths pad little
-        rows = [by_length[i : i + self.BATCH] for i in range(0, len(by_length), self.BATCH)]
+        rows = np.array_split(by_length, -(-len(by_length) // self.BATCH))  # none is left alone
         for batch in prefetch(self.split.pack, rows[self.device.rank :: self.device.world]):
             if self.signals.asked:
                 break

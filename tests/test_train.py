@@ -256,6 +256,16 @@ def test_of_equal_cider_the_lower_loss_is_kept(here, monkeypatch):
     assert torch.load("out/tiny/ckpt.pt", weights_only=True)["step"] == best["step"] == 12
 
 
+def test_each_image_is_shuffled_with_another(here, monkeypatch):
+    """The last one, alone in its batch, kept its own embedding."""
+    batches, loss_sum = [], train.loss_sum
+    monkeypatch.setattr(train, "loss_sum", lambda *args: batches.append(args[1]) or loss_sum(*args))
+    monkeypatch.setattr(train.Evaluator, "BATCH", 7)  # of 8 images
+    train.main(Config(**SMALL | dict(max_iters=1)))
+    own, other = (torch.cat([b["embeddings"] for b in batches[i::2]]) for i in (1, 2))
+    assert len(own) == 8 and (own != other).flatten(1).any(1).all()
+
+
 def test_earlier_runs_are_moved_and_never_deleted(here, capfd):
     """The run before the last was deleted. So was one of which only ckpt.pt was kept."""
     folders, runs = ("previous", "previous-2", "previous-3"), []
