@@ -463,9 +463,10 @@ def read_captions(path: str) -> list[dict]:
         csv.field_size_limit(2**31 - 1)  # by default, a caption ends at 131,072 characters
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                columns = reader.fieldnames or []
-                rows = list(reader)
+                first = file.readline()
+                separator = max(",;\t", key=first.count)  # some spreadsheets' way
+                reader = csv.DictReader(itertools.chain([first], file), delimiter=separator)
+                columns, rows = reader.fieldnames or [], list(reader)
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is not CSV in UTF-8: {error}") from None
         for name in ("image_id", "caption"):
@@ -515,8 +516,7 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
 
 
 def main(cfg: MetricsConfig) -> None:
-    missing = java_missing(cfg.tokens)
-    if cfg.java and missing:
+    if (missing := java_missing(cfg.tokens)) and cfg.java:
         raise UserError(missing)
     references, references_not_text = read_references(cfg.references)
     hypotheses, not_text = read_predictions(cfg.predictions, references)

@@ -425,7 +425,8 @@ def scored(capfd, *args):
     return json.loads(out.splitlines()[-1]), out
 
 
-def test_command_scores_json_and_csv_alike(tmp_path, references, capfd, no_java):
+@pytest.mark.parametrize("separator", ",;\t")
+def test_command_scores_json_and_csv_alike(tmp_path, references, capfd, no_java, separator):
     expected, _ = metrics.score(HYPS, REFS)
     from_json, _ = scored(capfd, write(tmp_path, "p.json", rows(HYPS)), references)
     assert {name: from_json[name] for name in metrics.NAMES} == expected
@@ -434,7 +435,7 @@ def test_command_scores_json_and_csv_alike(tmp_path, references, capfd, no_java)
 
     with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
         header = ["image_id", "file_name", "caption", "references", "bleu", "rouge_l", "cider"]
-        writer = csv.writer(file)
+        writer = csv.writer(file, delimiter=separator)
         writer.writerows([header, *([i, f"{i}.jpg", c, "", 0, 0, 0] for i, c in HYPS.items())])
     assert scored(capfd, str(tmp_path / "p.csv"), references)[0] == from_json
 
