@@ -59,7 +59,7 @@ class Decoding:
         within(self, "top_k no_repeat_ngram min_len max_len", 0)
         within(self, "seed", 0, 2**32 - 1)
         for name in ("temperature", "top_p"):
-            if getattr(self, name) == 0:
+            if getattr(self, name) < 1e-30:  # float32 has nothing below 1e-45
                 refuse(name, "a number above 0", 0)
         most = {"greedy": 1, "nearest": 1, "beam": self.beams}.get(self.method, self.n_best)
         if self.n_best > most:

@@ -493,6 +493,8 @@ def test_where_only_the_end_is_left_min_len_yields():
      ({"method": "sample", "top_p": math.nan}, "top_p: expected 0 <= top_p <= 1, got `nan`"),
      ({"method": "sample", "top_k": -1}, "top_k: expected 0 <= top_k"),
      ({"method": "sample", "temperature": 0.0}, "temperature: expected a number above 0"),
+     ({"method": "sample", "temperature": 1e-50}, "temperature: expected a number above 0"),
+     ({"method": "sample", "top_p": 1e-50}, "top_p: expected a number above 0, got `0`"),
      ({"method": "sample", "temperature": -1.0}, "temperature: expected 0 <= temperature"),
      ({"method": "sample", "temperature": math.inf}, "temperature: expected 0 <= temperature"),
      ({"method": "sample", "n_best": 0}, "n_best: expected 1 <= n_best"),
