@@ -74,7 +74,7 @@ class Config:
     learning_rate: float = 1e-3  # maximum, reached after the warmup
     min_lr: float = 1e-4  # minimum, reached after the decay
     warmup_iters: int = 200  # steps of linear warmup
-    lr_decay_iters: int = 0  # step at which the decay ends, 0 = max_iters
+    lr_decay_iters: int = 0  # step at which the decay ends; 0: max_iters, or with scst no decay
     lr_decay: str = "cosine"  # cosine, or linear: constant for one half, then falling
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the decoder
     weight_decay: float = 0.1  # of matrices only, not of vectors
@@ -86,7 +86,7 @@ class Config:
     embedding_noise: float = 0.0  # std of Gaussian noise added to embeddings in training
     word_dropout: float = 0.0  # share of the input tokens that unk replaces in training
     # -- self-critical training -----------------------------------------------------------
-    objective: str = "xe"  # xe: cross-entropy; scst: self-critical, rewarded by CIDEr
+    objective: str = "xe"  # xe: cross-entropy; scst: self-critical, by CIDEr, no dropout or noise
     from_scratch: bool = False  # scst without init_from, from random weights
     scst_samples: int = 5  # captions sampled per image
     scst_references: float = 0.0  # weight of the references' cross-entropy, added to the loss
