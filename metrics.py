@@ -466,7 +466,8 @@ def read_captions(path: str) -> list[dict]:
                 first = file.readline()
                 separator = max(",;\t", key=first.count)  # some spreadsheets' way
                 reader = csv.DictReader(itertools.chain([first], file), delimiter=separator)
-                columns, rows = reader.fieldnames or [], list(reader)
+                columns = reader.fieldnames or []
+                rows = list(reader)
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is not CSV in UTF-8: {error}") from None
         for name in ("image_id", "caption"):
@@ -516,7 +517,8 @@ def read_predictions(path: str, references: Mapping) -> tuple[dict, int]:
 
 
 def main(cfg: MetricsConfig) -> None:
-    if (missing := java_missing(cfg.tokens)) and cfg.java:
+    missing = java_missing(cfg.tokens)
+    if cfg.java and missing:
         raise UserError(missing)
     references, references_not_text = read_references(cfg.references)
     hypotheses, not_text = read_predictions(cfg.predictions, references)
