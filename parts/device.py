@@ -208,8 +208,8 @@ class Signals:
     """SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once.
 
     SIGHUP (a closed terminal, a lost connection) asks too, but never ends the process: the shell
-    and the system send one each. Under nohup it stays ignored. So do SIGUSR1 and SIGUSR2, by which
-    schedulers such as Slurm warn.
+    and the system send one each. So do SIGUSR1 and SIGUSR2, by which schedulers such as Slurm warn.
+    What is ignored when training starts stays ignored, as SIGHUP does under nohup.
 
     A scheduler may signal torchrun and its processes, and torchrun passes its own on to them:
     what comes within `echo` seconds of the first is the same signal.

@@ -159,7 +159,7 @@ def render_scenes(cfg) -> dict[str, list[Record]]:
             )
     meta = cfg.data_dir / "meta.json"
     if meta.is_file() and (source := read_json(meta).get("source")) != cfg.source:
-        raise UserError(f"{cfg.data_dir} has source={source}: add it, or choose another --dataset")
+        raise UserError(f"{cfg.data_dir} is of --source={source}: add that, or another --dataset")
     counts = {"train": cfg.shapes_train, **dict.fromkeys(("val", "test", "novel"), cfg.shapes_eval)}
     scenes = shapes.build(cfg.data_dir / "images", counts, cfg.seed)
     number = itertools.count()

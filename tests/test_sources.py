@@ -633,7 +633,7 @@ def test_the_built_in_scenes_replace_no_other_dataset(here):
     Path("x.csv").write_text("image,caption\n0.jpg,a dog\n1.jpg,a dog\n")
     prepare.main(own(["0.jpg", "1.jpg"], source="csv", captions="x.csv", val_images=1))
     before = made()
-    with pytest.raises(UserError, match="data/mine has source=csv: add it, or choose another"):
+    with pytest.raises(UserError, match="data/mine is of --source=csv: add that, or another"):
         prepare.main(Config(dataset="mine", shapes_train=9, shapes_eval=9))
     assert made() == before and not Path("data/mine/images").exists()
 
