@@ -32,7 +32,7 @@ import numpy as np
 import sacrebleu
 
 from configurator import configure, one_of
-from parts.common import UserError, read_json, run
+from parts.common import UserError, csv_reader, read_json, run
 
 VERSION = "1.1"  # of the scores: raised whenever a change here can move one
 NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR")
@@ -460,12 +460,9 @@ class MetricsConfig:
 def read_captions(path: str) -> list[dict]:
     """Return the rows of COCO annotations, COCO results or our CSV. A caption may be any value."""
     if Path(path).suffix.lower() == ".csv":
-        csv.field_size_limit(2**31 - 1)  # by default, a caption ends at 131,072 characters
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
-                first = file.readline()
-                separator = max(",;\t", key=first.count)  # some spreadsheets' way
-                reader = csv.DictReader(itertools.chain([first], file), delimiter=separator)
+                reader = csv_reader(csv.DictReader, file)
                 columns = reader.fieldnames or []
                 rows = list(reader)
         except (ValueError, csv.Error) as error:

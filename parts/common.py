@@ -1,6 +1,7 @@
 """What every script needs: errors of one line, files that appear whole, and prefetching."""
 
 import contextlib
+import csv
 import errno
 import hashlib
 import importlib
@@ -208,6 +209,18 @@ def read_json(path: Path | str, hint: str = ""):
         raise UserError(f"{path} not found{hint and ': '}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def csv_reader(kind: Callable, file, **options):
+    """Return a csv.reader or csv.DictReader, which `kind` is, of an open table.
+
+    Commas separate the cells, or as some spreadsheets write them, semicolons or tabs: what is most
+    frequent in the first line. Cells may be of any length.
+    """
+    csv.field_size_limit(2**31 - 1)  # by default, 131,072 characters
+    first = file.readline()
+    separator = max(",;\t", key=first.count)
+    return kind(itertools.chain([first], file), delimiter=separator, **options)
 
 
 def read_log(path: Path | str) -> list[dict]:

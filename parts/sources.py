@@ -40,7 +40,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts import shapes
-from parts.common import UserError, owning, printable, read_json, write_text
+from parts.common import UserError, csv_reader, owning, printable, read_json, write_text
 
 SPLITS = ("train", "val", "test")  # what {split} stands for
 NEEDED = ("train", "val")  # the splits that must exist and have captions
@@ -406,15 +406,9 @@ def row_of(entry: dict, columns: tuple[str, str]) -> Record:
 
 
 def read_csv(path: str, problems: Problems) -> Iterator[Row]:
-    """CSV with a header: image, caption, optionally id, split and tokens; others are ignored.
-
-    Semicolons or tabs may separate the columns, as some spreadsheets write them.
-    """
-    csv.field_size_limit(2**31 - 1)  # by default, 131,072 characters: too few for some columns
+    """CSV with a header: image, caption, optionally id, split and tokens; others are ignored."""
     with open_text(path) as file:
-        first = file.readline()
-        options = {"delimiter": max(",;\t", key=first.count), "skipinitialspace": True}
-        reader = csv.reader(itertools.chain([first], file), strict=True, **options)
+        reader = csv_reader(csv.reader, file, strict=True, skipinitialspace=True)
         header: list[str] = []
         cells: list[str] | None = []
         while cells is not None:
