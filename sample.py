@@ -139,8 +139,11 @@ def main(cfg: SampleConfig) -> dict:
     with contextlib.ExitStack() as stack:
         for path in filter(None, (cfg.out_json, cfg.out_csv, cfg.gallery and page)):
             stack.enter_context(owning(Path(f"{path}.lock"), f"sample.py is writing {path}"))
-            if os.path.isfile(path) and not OURS.match(Path(path).read_bytes()):
-                raise UserError(f"{path} is not sample.py's: move it, or give another name")
+            if not os.path.isfile(path):
+                continue
+            with open(path, "rb") as file:
+                if not OURS.match(file.read(64)):  # the file may be large
+                    raise UserError(f"{path} is not sample.py's: move it, or give another name")
         return caption_and_score(cfg, page)
 
 
