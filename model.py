@@ -103,12 +103,6 @@ class Attention(nn.Module):
             y = attend_shared(q, k, v, *prefix_kv)
         return self.merge_heads(y), (k, v)
 
-    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return the attention weights (B, T, T), averaged over the heads."""
-        q, k, _ = self.split_heads(x)
-        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
-        return scores.masked_fill(~mask, -math.inf).softmax(-1).mean(1)
-
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     """Attend to a prefix that K rows share, and to each row's own past, in one softmax.
@@ -149,7 +143,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.prefill(x, mask)[0]
+
+    def prefill(self, x: Tensor, mask: Tensor) -> tuple[Tensor, KeyValue]:
         y, kv = self.attn(self.ln_1(x), mask)
         x = x + y
         return x + self.mlp(self.ln_2(x)), kv
@@ -253,7 +250,7 @@ class ClipLM(nn.Module):
         """
         x, mask = self.embed_rows(embeddings, tokens, segments, positions)
         for block in self.transformer.h:
-            x, _ = block(x, mask)
+            x = block(x, mask)
         # The head is the most expensive layer, so it runs on real tokens only.
         x = x[:, -tokens.size(1) :].flatten(0, 1)[targets_at]  # (M, C)
         return self.lm_head(self.transformer.ln_f(x))
@@ -267,7 +264,7 @@ class ClipLM(nn.Module):
         *blocks, last = self.transformer.h
         prefix_kv = []
         for block in blocks:
-            x, kv = block(x, mask)
+            x, kv = block.prefill(x, mask)
             prefix_kv.append(kv)
         _, k, v = last.attn.split_heads(last.ln_1(x))  # nothing reads the last layer's output
         return [*prefix_kv, (k, v)]
@@ -294,19 +291,6 @@ class ClipLM(nn.Module):
             x, kv = block.step(x, layer_prefix, layer_cache)
             new_cache.append(kv)
         return self.lm_head(self.transformer.ln_f(x[:, 0])), new_cache
-
-    @torch.inference_mode()
-    def prefix_attention(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
-        """Return the last layer's attention to the prefix, (B, S, P), from each of the tokens
-        (B, S). Its sum is below 1: the rest goes to the caption itself."""
-        segments = torch.ones_like(tokens)
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        x, mask = self.embed_rows(embeddings, tokens, segments, positions)
-        *blocks, last = self.transformer.h
-        for block in blocks:
-            x, _ = block(x, mask)
-        P = self.cfg.prefix_length
-        return last.attn.weights(last.ln_1(x), mask)[:, P:, :P]
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:

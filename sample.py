@@ -377,12 +377,24 @@ class Captioner:
             prediction["n_best"] = n_best
         return prediction
 
+    @torch.inference_mode()
     def attention(self, embeddings: torch.Tensor, captions: list[list[int]]) -> list[list]:
-        """Return, for each caption's tokens, the weights of the P prefix positions."""
+        """Return, for each caption's tokens, the weights of the P prefix positions in the last
+        layer, averaged over the heads. Their sum is below 1: the rest goes to the caption itself.
+        """
         inputs = [torch.tensor([self.tokenizer.bos, *ids[:-1]]) for ids in captions]
-        tokens = pad_sequence(inputs, batch_first=True).to(embeddings.device)
-        weights = self.model.prefix_attention(embeddings, tokens)  # (B, S, P)
-        weights = weights.cpu().double().round(decimals=4)
+        tokens = pad_sequence(inputs, batch_first=True).to(embeddings.device)  # (B, S)
+        segments = torch.ones_like(tokens)
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        x, mask = self.model.embed_rows(embeddings, tokens, segments, positions)
+        *blocks, last = self.model.transformer.h
+        for block in blocks:
+            x = block(x, mask)
+        q, k, _ = last.attn.split_heads(last.ln_1(x))
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).mean(1)  # (B, T, T)
+        P = self.model.cfg.prefix_length
+        weights = weights[:, P:, :P].cpu().double().round(decimals=4)
         return [row[: len(ids)].tolist() for row, ids in zip(weights, captions, strict=True)]
 
 
