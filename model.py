@@ -252,7 +252,7 @@ class ClipLM(nn.Module):
         for block in self.transformer.h:
             x = block(x, mask)
         # The head is the most expensive layer, so it runs on real tokens only.
-        x = x[:, -tokens.size(1) :].flatten(0, 1)[targets_at]  # (M, C)
+        x = x[:, -tokens.size(1) :].flatten(0, 1).index_select(0, targets_at)  # (M, C)
         return self.lm_head(self.transformer.ln_f(x))
 
     # -- decoding: one token per row at a time --------------------------------------------------
