@@ -41,7 +41,7 @@ import train as training
 from configurator import Config, configure, one_of, within
 from data import Meta, Order, Split, pack_rows, write_array, write_split
 from decode import Decoding, default_max_len, generate, load_captioner
-from model import ClipLM, loss_sum
+from model import ClipLM, cross_entropy, loss_sum
 from parts.common import UserError, extras, run
 from parts.device import Device, keep_freed_memory, lay_out_by_columns
 from parts.gpt2 import as_gpt2
@@ -294,7 +294,7 @@ class Trainee:
         standard deviations above the mean.
 
     Separate examples are those of random images. "ours compiled" and "padded compiled" have
-    compiled blocks, which on a CPU are only traced.
+    compiled blocks and a compiled loss, which on a CPU are only traced.
     """
 
     def __init__(self, name: str, cfg: Config, turns: int, steps: int):
@@ -313,9 +313,11 @@ class Trainee:
             lengths = np.diff(split.caption_start)
             width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
             self.rows = partial(separate_rows, split, width=width)
+        self.cross_entropy = cross_entropy
         if compiled:  # as train.py does
-            torch._dynamo.config.recompile_limit = 64  # all cases compile the same function
+            torch._dynamo.config.recompile_limit = 64  # all cases compile the same functions
             backend = "inductor" if self.device.type == "cuda" else "eager"
+            self.cross_entropy = torch.compile(cross_entropy, dynamic=True, backend=backend)
             for block in self.model.transformer.h:
                 block.compile(dynamic=True, backend=backend)
         self.optimizer = adamw(self.model, self.device, 1e-4)
@@ -330,7 +332,7 @@ class Trainee:
 
     def turn(self, turn: int) -> None:
         for batch in self.turns[turn]:
-            update(self.model, self.optimizer, batch, self.device)
+            update(self.model, self.optimizer, batch, self.device, self.cross_entropy)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -396,10 +398,12 @@ def adamw(model: torch.nn.Module, device: Device, lr: float) -> torch.optim.Adam
     return torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type != "mps")
 
 
-def update(model: torch.nn.Module, optimizer, batch: dict, device: Device) -> None:
+def update(
+    model: torch.nn.Module, optimizer, batch: dict, device: Device, cross_entropy=cross_entropy
+) -> None:
     """Take a training step, as train.py does."""
     with device.autocast():
-        loss = loss_sum(model, device.put(batch))
+        loss = loss_sum(model, device.put(batch), cross_entropy=cross_entropy)
     (loss / len(batch["targets"])).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.found_inf = (~norm.isfinite()).float()  # skips a gradient that is not finite

@@ -100,7 +100,7 @@ class Config:
     seed: int = 1337  # of all random numbers
     device: str = "auto"  # auto cpu mps cuda cuda:1
     dtype: str = "auto"  # of autocast: auto bfloat16 float16 float32
-    compile: bool | None = None  # compile each block; none: on for CUDA, off for CPU
+    compile: bool | None = None  # compile blocks and loss; none: on for CUDA, off for CPU
     resume: bool = False  # resume from out_dir/last.pt
     track: str = "none"  # tracker to report to, next to log.jsonl: none mlflow
 

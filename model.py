@@ -293,12 +293,23 @@ class ClipLM(nn.Module):
         return self.lm_head(self.transformer.ln_f(x[:, 0])), new_cache
 
 
-def loss_sum(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy, in nats, summed over the targets of packed rows, or the weighted
-    sum if the batch has `weights` (M,)."""
-    inputs = {name: x for name, x in batch.items() if name not in ("targets", "weights")}
-    logits = model(**inputs).float()  # (M, V)
-    options = {"target": batch["targets"], "label_smoothing": label_smoothing}
-    if "weights" not in batch:
-        return F.cross_entropy(logits, reduction="sum", **options)
-    return F.cross_entropy(logits, reduction="none", **options) @ batch["weights"]
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """Return the cross-entropy, in nats, of logits (M, V): summed over the targets (M,), or their
+    weighted sum. Compiled, it needs no copies of the logits in float32."""
+    options = {"target": targets, "label_smoothing": label_smoothing}
+    if weights is None:
+        return F.cross_entropy(logits.float(), reduction="sum", **options)
+    return F.cross_entropy(logits.float(), reduction="none", **options) @ weights
+
+
+def loss_sum(
+    model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0,
+    cross_entropy=cross_entropy,
+) -> Tensor:  # fmt: skip
+    """Return the cross-entropy summed over the targets of packed rows, or weighted by the batch's
+    `weights` (M,) if there are any. The function `cross_entropy` may be compiled."""
+    inputs = dict(batch)
+    targets, weights = inputs.pop("targets"), inputs.pop("weights", None)
+    return cross_entropy(model(**inputs), targets, weights, label_smoothing)

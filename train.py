@@ -30,7 +30,7 @@ import metrics
 from configurator import Config, configure, from_dict
 from data import Meta, Order, Split, batches, deal
 from decode import Caption, Decoding, generate
-from model import ClipLM, ModelConfig, loss_sum
+from model import ClipLM, ModelConfig, cross_entropy, loss_sum
 from parts import checkpoint, gpt2
 from parts.checkpoint import Progress
 from parts.common import UserError, prefetch, run
@@ -148,8 +148,8 @@ class Training:
     """All that a run needs: data, model, optimizer, evaluator and log, new or from last.pt.
 
     The order matters. `init_from` is read before an earlier run's files are moved, since it may be
-    one of them. The average copies the weights once they are loaded, and before `wrap` compiles the
-    blocks. The first weights depend on the seed alone; then each rank has its own random numbers
+    one of them. The average copies the weights once they are loaded, and before the blocks are
+    compiled. The first weights depend on the seed alone; then each rank has its own random numbers
     (dropout, noise), and nothing after `resume` draws from them.
     """
 
@@ -206,9 +206,14 @@ class Training:
             raise UserError(
                 f"{self.last_path} is not the same on every machine: put it on shared storage"
             )
-        # -- what training calls: the model, in DDP if there are more processes. `wrap` compiles the
-        #    blocks of the model itself. Checkpoints are of the model: DDP would rename its weights.
-        self.wrapped = device.wrap(self.model, cfg.compile)
+        # -- what training calls: compiled blocks and a compiled loss, if so asked, and the model in
+        #    DDP if there are more processes. Checkpoints are of the model: DDP renames its weights.
+        self.cross_entropy = cross_entropy
+        if device.compiles(cfg.compile):  # each alone: all in one graph takes minutes, or fails
+            self.cross_entropy = torch.compile(cross_entropy, dynamic=True)
+            for block in self.model.transformer.h:
+                block.compile(dynamic=True)
+        self.wrapped = device.wrap(self.model)
         self.self_critical = None
         if cfg.objective == "scst":
             self.self_critical = SelfCritical(self.model, self.split, cfg, device)
@@ -249,7 +254,8 @@ class Training:
             skip_sync = self.device.world > 1 and not is_last
             with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():
                 with self.device.autocast():
-                    loss = loss_sum(self.wrapped, batch, self.cfg.label_smoothing)
+                    smoothing = self.cfg.label_smoothing
+                    loss = loss_sum(self.wrapped, batch, smoothing, self.cross_entropy)
                 # The loss is the mean over all target tokens of the global batch, so that 1, 2 or
                 # 8 processes and any number of micro-steps compute the same update (but for
                 # dropout and noise, which each draws for itself). Each part contributes its sum;

@@ -154,31 +154,28 @@ class Device:
         (a @ a)[0, 0].item()
         return time.perf_counter() - begin
 
-    def wrap(self, model: nn.Module, compile: bool | None):
-        """Return the model to train with: under DDP if there are more processes. Its blocks are
-        compiled in place.
+    def compiles(self, asked: bool | None) -> bool:
+        """Whether to compile. None means: on CUDA, if there is a C compiler, which Triton needs.
 
-        compile: None compiles on CUDA, if there is a compiler. Raises UserError if it was asked
-        for and there is none.
+        Raises UserError if it was asked for and there is none.
         """
         variable, names = "CXX", ["g++", "clang++"]
         if self.type == "cuda":
             variable, names = "CC", ["gcc", "clang", "cc"]
         names = [os.environ[variable]] if variable in os.environ else names
         has_compiler = any(map(shutil.which, names))
-        if compile and not has_compiler:
+        if asked and not has_compiler:
             raise UserError(
                 f"torch.compile needs a C/C++ compiler, none found ({' '.join(names)}): "
                 f"set --compile=False"
             )
-        if compile is None:
-            compile = self.type == "cuda" and has_compiler
-        if compile:  # each block alone: the whole model in one graph takes minutes, or fails
-            for block in model.transformer.h:
-                block.compile(dynamic=True)
-        if self.world > 1:
-            model = nn.parallel.DistributedDataParallel(model)
-        return model
+        if asked is None:
+            return self.type == "cuda" and has_compiler
+        return asked
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model to train with: under DDP if there are more processes."""
+        return nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
 
 def find_device(name: str) -> torch.device:
