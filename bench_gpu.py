@@ -1,6 +1,6 @@
 """What a GPU does with this code, measured in a few minutes: modes of bench.py.
 
-    python bench.py gpu --minutes=5 --out=out/bench_gpu.jsonl
+    python bench.py gpu --minutes=6 --out=out/bench_gpu.jsonl
     python bench.py parity                                      # the same run on CPU and GPU
 
 `gpu` goes through SECTIONS, the most valuable first, as long as there is time. Each prints its
@@ -40,7 +40,7 @@ from parts.encoder import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBench(bench.Bench):
-    minutes: float = 5.0  # a section begins only if it should end within them
+    minutes: float = 6.0  # a section begins only if it should end within them
     out: str = "out/bench_gpu.jsonl"  # gets a line of JSON per section
     sections: str = ""  # only these, separated by spaces; empty: all
     dtype: str = "auto"  # of autocast: auto bfloat16 float16 float32
@@ -235,9 +235,9 @@ SECTIONS = {  # name: (seconds it takes at most, function); `run` compiles for `
     "machine": (5, machine),
     "run": (60, run),
     "decoding": (40, decoding),
-    "training": (50, partial(training, P=10)),
+    "training": (60, partial(training, P=10)),
     "profile": (15, profile),
-    "grid": (70, partial(training, P=50)),
+    "grid": (80, partial(training, P=50)),
     "scst": (30, scst),
     "encode": (30, encode),
 }
