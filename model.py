@@ -147,6 +147,7 @@ class Block(nn.Module):
         return self.prefill(x, mask)[0]
 
     def prefill(self, x: Tensor, mask: Tensor) -> tuple[Tensor, KeyValue]:
+        """As `forward`, but return all keys and values too."""
         y, kv = self.attn(self.ln_1(x), mask)
         x = x + y
         return x + self.mlp(self.ln_2(x)), kv
