@@ -314,12 +314,10 @@ class Trainee:
             width = min(int(lengths.mean() + 10 * lengths.std()), int(lengths.max()))
             self.rows = partial(separate_rows, split, width=width)
         self.cross_entropy = cross_entropy
-        if compiled:  # as train.py does
+        if compiled:
             torch._dynamo.config.recompile_limit = 64  # all cases compile the same functions
             backend = "inductor" if self.device.type == "cuda" else "eager"
-            self.cross_entropy = torch.compile(cross_entropy, dynamic=True, backend=backend)
-            for block in self.model.transformer.h:
-                block.compile(dynamic=True, backend=backend)
+            self.cross_entropy = training.compile_parts(self.model, backend=backend)
         self.optimizer = adamw(self.model, self.device, 1e-4)
         self.order = Order(0, split.lengths, cfg.batch_size)
         batches = []

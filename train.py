@@ -209,10 +209,8 @@ class Training:
         # -- what training calls: compiled blocks and a compiled loss, if so asked, and the model in
         #    DDP if there are more processes. Checkpoints are of the model: DDP renames its weights.
         self.cross_entropy = cross_entropy
-        if device.compiles(cfg.compile):  # each alone: all in one graph takes minutes, or fails
-            self.cross_entropy = torch.compile(cross_entropy, dynamic=True)
-            for block in self.model.transformer.h:
-                block.compile(dynamic=True)
+        if device.compiles(cfg.compile):
+            self.cross_entropy = compile_parts(self.model)
         self.wrapped = device.wrap(self.model)
         self.self_critical = None
         if cfg.objective == "scst":
@@ -413,6 +411,16 @@ class Training:
                 self.notes.append(f"using {name}={prepared}, as {cfg.data_dir} was prepared")
         for note in self.notes:
             self.log.say(f"    note: {note}")
+
+
+def compile_parts(model: ClipLM, **options):
+    """Compile the model's blocks in place, and the loss. Return it. `options` are torch.compile's.
+
+    Each alone: all in one graph takes minutes, or fails (LOG.md).
+    """
+    for block in model.transformer.h:
+        block.compile(dynamic=True, **options)
+    return torch.compile(cross_entropy, dynamic=True, **options)
 
 
 def model_config(cfg: Config, meta: Meta) -> ModelConfig:

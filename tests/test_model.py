@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from helpers import BOS, pack_by_loops
 from torch._inductor import config as inductor
 
-from model import ClipLM, ModelConfig, cross_entropy, loss_sum
+from model import ClipLM, ModelConfig, loss_sum
 from parts.device import Dropout, attention
 from parts.log import training_flops
+from train import compile_parts
 
 TINY = dict(vocab_size=50, embedding_dim=12, n_prefix=3, n_layer=2, n_head=2, n_embd=16,
             block_size=24, dropout=0.0)  # fmt: skip
@@ -177,8 +178,7 @@ def test_compiled_graphs_compute_the_same(monkeypatch):
     monkeypatch.setattr(inductor, "compile_threads", 1)  # no processes that go on running
     torch.set_float32_matmul_precision("highest")
     plain, compiled = (tiny(block_size=80, n_layer=1).cuda() for _ in range(2))
-    compiled.transformer.h[0].compile(dynamic=True)
-    compiled_loss = torch.compile(cross_entropy, dynamic=True)
+    compiled_loss = compile_parts(compiled)
     for longest in (40, 60, 50):  # T = 44, 64 and 54
         embeddings, images = some_images(4)
         images[0] = [[5] * longest]
