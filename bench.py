@@ -136,17 +136,22 @@ def hardware(device: Device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def interleave(device: Device, contestants: dict, turns: int) -> dict[str, np.ndarray]:
-    """Call each contestant with the number of each turn. Return their seconds (turns,)."""
+def interleave(
+    device: Device, contestants: dict, turns: int, uncounted: int = 1
+) -> dict[str, np.ndarray]:
+    """Call each contestant with the number of each turn. Return their seconds (turns,).
+
+    The first `uncounted` turns run once before, since what is new takes longer.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in (0, *range(turns)):  # the first time is not counted
+    for turn in (*range(uncounted), *range(turns)):
         for name, work in contestants.items():
             begin = time.perf_counter()
             work(turn)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: np.array(times[1:]) for name, times in seconds.items()}
+    return {name: np.array(times[uncounted:]) for name, times in seconds.items()}
 
 
 def attempt(name: str, work: Callable, failed: list[str]):
@@ -459,14 +464,12 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
     if "ours" not in trainees:
         return []
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
-    if device.type == "cuda":  # a length that is new to a kernel or the compiler costs time once
-        for trainee in trainees.values():
-            for turn in range(bench.turns):
-                trainee.turn(turn)
     rates: list[float] = []
     contestants = {name: trainee.turn for name, trainee in trainees.items()}
     contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
-    seconds = interleave(device, contestants, bench.turns)
+    # On a GPU, a length that is new to a kernel or to the compiler costs time once.
+    uncounted = bench.turns if device.type == "cuda" else 1
+    seconds = interleave(device, contestants, bench.turns, uncounted)
     del seconds["machine"]
     rows = speeds(title, seconds, bench.steps * cfg.batch_size * R)
     for row in rows:
