@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BOS, pack_by_loops
-from torch._inductor import config as inductor
 
 from model import ClipLM, ModelConfig, loss_sum
 from parts.device import Dropout, attention
@@ -173,25 +172,25 @@ def test_gradients_are_finite_where_all_scores_are_low(T):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_graphs_compute_the_same(monkeypatch):
+def test_compiled_graphs_compute_the_same():
     """Of a block and the loss, as train.py compiles them."""
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # no processes that go on running
     torch.set_float32_matmul_precision("highest")
     plain, compiled = (tiny(block_size=80, n_layer=1).cuda() for _ in range(2))
     compiled_loss = compile_parts(compiled)
-    for longest in (40, 60, 50):  # T = 44, 64 and 54
-        embeddings, images = some_images(4)
-        images[0] = [[5] * longest]
-        batch = {"embeddings": embeddings, **pack_by_loops(images)}
-        batch["weights"] = torch.rand(len(batch["targets"]))
-        batch = {name: x.cuda() for name, x in batch.items()}
-        ours = loss_sum(plain, batch, 0.1)
-        theirs = loss_sum(compiled, batch, 0.1, compiled_loss)
-        assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
-        expected = torch.autograd.grad(ours, list(plain.parameters()))
-        found = torch.autograd.grad(theirs, list(compiled.parameters()))
-        for a, b in zip(expected, found, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max())
+    with torch._inductor.config.patch(compile_threads=1):  # no processes that go on running
+        for longest in (40, 60, 50):  # T = 44, 64 and 54
+            embeddings, images = some_images(4)
+            images[0] = [[5] * longest]
+            batch = {"embeddings": embeddings, **pack_by_loops(images)}
+            batch["weights"] = torch.rand(len(batch["targets"]))
+            batch = {name: x.cuda() for name, x in batch.items()}
+            ours = loss_sum(plain, batch, 0.1)
+            theirs = loss_sum(compiled, batch, 0.1, compiled_loss)
+            assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+            expected = torch.autograd.grad(ours, list(plain.parameters()))
+            found = torch.autograd.grad(theirs, list(compiled.parameters()))
+            for a, b in zip(expected, found, strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max())
 
 
 def test_the_decoder_is_transformers_gpt2():
