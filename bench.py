@@ -137,12 +137,14 @@ def hardware(device: Device) -> str:
 
 
 def interleave(
-    device: Device, contestants: dict, turns: int, uncounted: int = 1
+    device: Device, contestants: dict, turns: int, alike: bool = True
 ) -> dict[str, np.ndarray]:
     """Call each contestant with the number of each turn. Return their seconds (turns,).
 
-    The first `uncounted` turns run once before, since what is new takes longer.
+    The first turn runs once before, since what is new takes longer. If the turns are not alike, a
+    GPU takes all of them once before: a length that is new to cuDNN or the compiler costs time.
     """
+    uncounted = 1 if alike or device.type != "cuda" else turns
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in (*range(uncounted), *range(turns)):
         for name, work in contestants.items():
@@ -467,9 +469,7 @@ def compare(bench: TrainBench, cfg: Config, R: int, failed: list[str]) -> list[d
     rates: list[float] = []
     contestants = {name: trainee.turn for name, trainee in trainees.items()}
     contestants["machine"] = lambda turn: rates.append(device.matmul_rate())
-    # On a GPU, a length that is new to a kernel or to the compiler costs time once.
-    uncounted = bench.turns if device.type == "cuda" else 1
-    seconds = interleave(device, contestants, bench.turns, uncounted)
+    seconds = interleave(device, contestants, bench.turns, alike=False)
     del seconds["machine"]
     rows = speeds(title, seconds, bench.steps * cfg.batch_size * R)
     for row in rows:
@@ -557,7 +557,7 @@ def self_critical(cfg: SelfCriticalBench) -> dict:
         "usual way": lambda i: step(usual_rollout(critic, batches[i], i)),
     }
     about = {"hardware": hardware(device), "ckpt": cfg.ckpt, "dtype": cfg.dtype}
-    seconds = interleave(device, contestants, cfg.turns)
+    seconds = interleave(device, contestants, cfg.turns, alike=False)
     title = f"{model.cfg.n_layer} layers, {model.cfg.n_embd} wide"
     items = cfg.batch_size * cfg.samples
     rows = speeds(f"{title}, {cfg.batch_size} images x {cfg.samples}", seconds, items)
