@@ -308,15 +308,16 @@ def test_without_the_compiler_means_compile_false(tmp_path, monkeypatch):
             raise RuntimeError("no compiler")
         names = "step loss captions_per_s ms_per_step mfu waiting".split()
         rows = [dict.fromkeys(names, float(n)) for n in range(4)]
-        cfg.run_dir.mkdir(parents=True)
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
         (cfg.run_dir / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {"CIDEr": 0.5}
 
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(lab.device, "type", "cuda")
-    (row,) = bench_gpu.run(lab)
-    assert asked == [True, False] and lab.failed == ["train.py"]
-    assert row["compiled"] is False and row["CIDEr"] == 0.5
+    rows = bench_gpu.run(lab)
+    assert asked == [True, False, True] and lab.failed == ["train.py"]
+    assert [row["compiled"] for row in rows] == [False, True]
+    assert [row["images"] for row in rows] == [8, 16] and rows[0]["CIDEr"] == 0.5
 
 
 def test_a_cpu_equals_itself(capsys):
