@@ -138,19 +138,19 @@ def run(lab: Lab) -> list[dict]:
     """Train by train.py itself, with a batch of images and with one of twice as many. Return the
     speed that its log shows, without the first third, and its last scores."""
     steps = 6 if lab.size.quick else 200
+    compiles = lab.device.type == "cuda"
+    names = "captions_per_s ms_per_step mfu waiting".split()
     rows = []
     for images in (lab.size.batch_size, 2 * lab.size.batch_size):
         size = replace(lab.size, batch_size=images)
         changes = dict(log_interval=steps // 6, dropout=0.1)
         practise = partial(bench.practise, size, lab.folder, steps, **changes)
-        compiles = lab.device.type == "cuda"
         done = bench.attempt("train.py", partial(practise, compile=compiles), lab.failed)
         cfg, scores = done or practise(compile=False)  # the next sections need a checkpoint
-        lines = [row for row in read_log(cfg.run_dir / "log.jsonl") if "loss" in row]
-        names = "captions_per_s ms_per_step mfu waiting".split()
+        lines = [line for line in read_log(cfg.run_dir / "log.jsonl") if "loss" in line]
         figures = {name: bench.summary([line[name] for line in lines[2:]]) for name in names}
-        rows.append({"images": images, "compiled": cfg.compile, **figures})
-        rows[-1] |= {"loss": lines[-1]["loss"], **scores}
+        about = {"images": images, "compiled": cfg.compile}
+        rows.append(about | figures | {"loss": lines[-1]["loss"]} | scores)
     return bench.shown(rows)
 
 
