@@ -210,7 +210,7 @@ def encode(lab: Lab) -> list[dict]:
     import transformers
     from PIL import Image
 
-    options, batch, n = dict(patch_size=32), 256, 8
+    options, batch, n = dict(patch_size=32), 256, 16  # a batch per thread
     if lab.size.quick:
         options = dict(hidden_size=48, num_hidden_layers=2, image_size=32, patch_size=16)
         batch, n = 8, 4
@@ -247,9 +247,9 @@ SECTIONS = {  # name: (seconds it takes at most, function); `run` compiles for `
     "decoding": (40, decoding),
     "training": (115, partial(training, P=10)),
     "profile": (10, profile),
-    "grid": (110, partial(training, P=50)),
+    "grid": (150, partial(training, P=50)),
     "scst": (20, scst),
-    "encode": (25, encode),
+    "encode": (45, encode),
 }
 
 
